@@ -1,0 +1,322 @@
+"""Rule-based rewards for verl: math-verify, `####` answers, multiple choice and exact match.
+
+    reward.custom_reward_function.path=/…/verl_hpt/reward.py          # compute_score: the grader by data source
+    reward.custom_reward_function.name=math_verify                    # or one grader for all rows
+    +reward.custom_reward_function.reward_kwargs.timeout=5            # any keyword below
+
+verl calls a synchronous reward function in a thread, where `signal.alarm` cannot be set, so the symbolic grader runs in
+processes of its own with a hard limit of time and memory: `9**9**9**9` costs at most the limit, and only its process,
+which is replaced. The file stands on its own: verl imports it by path.
+
+Every grader returns the same keys, all finite: `score` and `acc` (1.0 or 0.0) and `grading_failed` (1.0 where grading hit
+a limit or broke, so that the score 0.0 says nothing about the answer).
+"""
+
+import atexit
+import collections
+import json
+import logging
+import os
+import re
+import selectors
+import subprocess
+import sys
+import threading
+import time
+from decimal import Decimal
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT = 10.0  # seconds a call of the symbolic grader may take
+WORKERS = 2  # grader processes; verl runs eight reward workers, each with its own
+MEMORY_MB = 2048  # address space of a grader process
+_START_TIMEOUT = 120.0  # seconds to import SymPy on a busy machine
+_LONGEST = 200_000  # characters of a solution that are graded, counted from its end
+
+_NUMBER = re.compile(r"^\\?\$?\s?(-?\s?\$?[\d,]*\.?\d+)\.?0*\s*(?:\\?[%A-Za-z°].*)?$")
+_CHOICE = re.compile(r"^\(?([A-Z])\)?(?:[.:)\s].*)?$", re.DOTALL)
+
+
+def _text(value) -> str:
+    """A column's value as text; verl may hand back NumPy scalars and wrappers of a single object."""
+    if value is None or (isinstance(value, float) and value != value):
+        return ""
+    return value if isinstance(value, str) else str(value)
+
+
+def _truths(ground_truth) -> list[str]:
+    """The accepted answers: one, or a list of which any will do."""
+    if hasattr(ground_truth, "tolist"):
+        ground_truth = ground_truth.tolist()
+    values = ground_truth if isinstance(ground_truth, list | tuple) else [ground_truth]
+    return [t for t in (unboxed(_text(v).strip()) for v in values) if t]
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Content of the last `\boxed{…}` (or `\fbox{…}`) whose braces close, else None."""
+    end = len(text)
+    while True:
+        start = max(text.rfind("\\boxed{", 0, end), text.rfind("\\fbox{", 0, end))
+        if start < 0:
+            return None
+        depth, first = 0, text.index("{", start)
+        for i in range(first, len(text)):
+            if text[i] == "{":
+                depth += 1
+            elif text[i] == "}":
+                depth -= 1
+                if depth == 0:
+                    return text[first + 1 : i]
+        end = start
+
+
+def unboxed(text: str) -> str:
+    r"""An expected answer without dollar signs or a `\boxed{…}` around the whole of it."""
+    text = text.strip()
+    if len(text) > 1 and text[0] == text[-1] == "$" and text.count("$") == 2:
+        text = text[1:-1].strip()
+    inner = last_boxed(text) if text.startswith("\\boxed{") and text.endswith("}") else None
+    return inner.strip() if inner is not None and len(inner) == len(text) - len("\\boxed{}") else text
+
+
+def _verdict(correct: bool, failed: bool = False) -> dict[str, float]:
+    score = 1.0 if correct else 0.0
+    return {"score": score, "acc": score, "grading_failed": 1.0 if failed else 0.0}
+
+
+def _number(text: str) -> Decimal | None:
+    match = _NUMBER.match(text.strip()) if len(text) <= 200 else None
+    return Decimal(re.sub(r"[,$\s]", "", match.group(1))) if match else None
+
+
+def _same_number_or_text(given: str, truth: str) -> bool:
+    a, b = _number(given), _number(truth)
+    return a == b if a is not None and b is not None else given.strip().casefold() == truth.strip().casefold()
+
+
+def exact_match(data_source, solution_str, ground_truth, extra_info=None, **kwargs) -> dict[str, float]:
+    r"""1.0 where the whole solution, or the content of its last `\boxed{…}`, is an accepted answer, spaces apart."""
+    solution = _text(solution_str).strip()
+    boxed = last_boxed(solution)
+    return _verdict(any(t == solution or (boxed is not None and t == boxed.strip()) for t in _truths(ground_truth)))
+
+
+def hash_answer(data_source, solution_str, ground_truth, extra_info=None, **kwargs) -> dict[str, float]:
+    """GSM8K's own form: 1.0 where what follows the last `####`, to the end of its line, is the expected number."""
+    _, mark, tail = _text(solution_str).rpartition("####")
+    if not mark:
+        return _verdict(False)
+    given = (tail.strip().splitlines() or [""])[0]
+    truths = [t.rpartition("####")[2].strip() for t in _truths(ground_truth)]
+    return _verdict(any(_same_number_or_text(given, t) for t in truths))
+
+
+def multiple_choice(data_source, solution_str, ground_truth, extra_info=None, **kwargs) -> dict[str, float]:
+    r"""1.0 where the last `\boxed{…}` holds the expected letter: `D`, `(D)`, `\text{D}` or `D. because …`."""
+    boxed = last_boxed(_text(solution_str))
+    if boxed is None:
+        return _verdict(False)
+    letter = _CHOICE.match(re.sub(r"^\\(?:text|mathrm|textbf|mathbf)\{(.*)\}$", r"\1", boxed.strip(), flags=re.DOTALL))
+    return _verdict(letter is not None and letter.group(1) in _truths(ground_truth))
+
+
+def math_verify(
+    data_source,
+    solution_str,
+    ground_truth,
+    extra_info=None,
+    timeout: float = TIMEOUT,
+    workers: int = WORKERS,
+    memory_mb: int = MEMORY_MB,
+    **kwargs,
+) -> dict[str, float]:
+    r"""1.0 where math-verify finds the answer equal to the expected one, or its last `\boxed{…}` is that very text.
+
+    `timeout` is in seconds a call, not counting the wait for a free process; `memory_mb` bounds a process's address space.
+    """
+    solution, truths = _text(solution_str)[-_LONGEST:], _truths(ground_truth)
+    boxed = last_boxed(solution)
+    if boxed is not None and unboxed(boxed) in truths:
+        return _verdict(True)  # the same text needs no algebra; math-verify cannot parse every answer there is
+    if not solution.strip():
+        return _verdict(False)
+    failed = False
+    for truth in truths:
+        reply = pool(workers, memory_mb).grade(solution, truth, timeout)
+        if reply["score"] > 0:
+            return _verdict(True)
+        failed = failed or "error" in reply
+    return _verdict(False, failed)
+
+
+GRADERS = {
+    "math_verify": math_verify,
+    "hash_answer": hash_answer,
+    "multiple_choice": multiple_choice,
+    "exact_match": exact_match,
+}
+
+
+def grader_of(data_source, solution_str: str, grader: str | None = None, graders: dict | None = None):
+    r"""The grader of a row: `grader` for all rows, else `graders[data_source]`, else by what the source's name says.
+
+    A name with `gsm8k` takes the `####` form, and the symbolic grader where the solution writes `\boxed{…}` instead; one
+    with `gpqa` takes multiple choice; all others take math-verify.
+    """
+    source = _text(data_source)
+    name = grader or (graders or {}).get(source)
+    if name is None:
+        lower = source.lower()
+        if "gpqa" in lower:
+            name = "multiple_choice"
+        elif "gsm8k" in lower:
+            name = "math_verify" if "####" not in solution_str and "\\boxed{" in solution_str else "hash_answer"
+        else:
+            name = "math_verify"
+    if name not in GRADERS:
+        raise ValueError(f"unknown grader {name!r} for data source {source!r}; choose from {sorted(GRADERS)}")
+    return GRADERS[name]
+
+
+def compute_score(
+    data_source, solution_str, ground_truth, extra_info=None, grader: str | None = None, graders=None, **kwargs
+) -> dict[str, float]:
+    """verl's custom reward function: `{"score", "acc", "grading_failed"}`, all finite, by the grader of the row's source.
+
+    `grader` (a name in `GRADERS`) fixes one for all rows; `graders` maps data sources to names. A row without an expected
+    answer scores 0.0 and is warned of once.
+    """
+    solution = _text(solution_str)
+    if not _truths(ground_truth):
+        _warn_once(f"no expected answer (reward_model.ground_truth) on a row of {_text(data_source)!r}: it scores 0")
+        return _verdict(False, True)
+    return grader_of(data_source, solution, grader, graders)(data_source, solution, ground_truth, extra_info, **kwargs)
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        logger.warning(message)
+
+
+class _Died(Exception):
+    """A grader process ended, or ran past its limit, before it answered."""
+
+
+class _Worker:
+    """One grader process and the pipes to it; used by one thread at a time."""
+
+    def __init__(self, memory_mb: int):
+        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "reward_worker.py")
+        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, script, str(memory_mb)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            bufsize=0,
+        )
+        for stream in (self.process.stdin, self.process.stdout):
+            os.set_blocking(stream.fileno(), False)
+        self._received = b""
+        self._exchange(b"", _START_TIMEOUT)
+
+    def _exchange(self, request: bytes, limit: float) -> dict:
+        deadline, unsent = time.monotonic() + limit, memoryview(request)
+        stdin, stdout = self.process.stdin.fileno(), self.process.stdout.fileno()
+        with selectors.DefaultSelector() as selector:
+            selector.register(stdout, selectors.EVENT_READ)
+            if unsent:
+                selector.register(stdin, selectors.EVENT_WRITE)
+            while b"\n" not in self._received:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise _Died(f"no answer within {limit:g} s")
+                for key, _ in selector.select(left):
+                    try:
+                        if key.fd == stdin:
+                            unsent = unsent[os.write(stdin, unsent) :]
+                            if not unsent:
+                                selector.unregister(stdin)
+                            continue
+                        data = os.read(stdout, 65536)
+                    except OSError as error:
+                        raise _Died("the process ended") from error
+                    if not data:
+                        raise _Died("the process ended")
+                    self._received += data
+        line, _, self._received = self._received.partition(b"\n")
+        return json.loads(line)
+
+    def grade(self, solution: str, truth: str, limit: float) -> dict:
+        # The process ends itself at the limit; the second on top is for one that cannot.
+        request = json.dumps({"solution": solution, "truth": truth, "limit": limit}).encode() + b"\n"
+        return self._exchange(request, limit + 1.0)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
+
+
+class Pool:
+    """At most `workers` grader processes, started when they are first needed and replaced when they die."""
+
+    def __init__(self, workers: int, memory_mb: int):
+        self._free = threading.Semaphore(workers)
+        self._idle: collections.deque[_Worker] = collections.deque()
+        self._memory_mb = memory_mb
+        self._pid = os.getpid()
+
+    def grade(self, solution: str, truth: str, limit: float) -> dict:
+        """`{"score": float}` and, where grading failed, `"error"`; returns within `limit` seconds of getting a process."""
+        with self._free:
+            try:
+                worker = self._idle.pop()
+            except IndexError:
+                worker = None
+            try:
+                if worker is None or worker.process.poll() is not None:
+                    if worker is not None:
+                        worker.close()
+                    worker = None
+                    worker = _Worker(self._memory_mb)
+                reply = worker.grade(solution, truth, limit)
+            except _Died as died:
+                if worker is None:
+                    raise RuntimeError(
+                        "the grader process does not start: check that `python -c 'import math_verify'` works "
+                        f"with {sys.executable}, and that {self._memory_mb} MB are enough ({died})"
+                    ) from died
+                worker.close()
+                return {"score": 0.0, "error": str(died)}
+            except BaseException:
+                if worker is not None:
+                    worker.close()
+                raise
+            self._idle.append(worker)
+            return reply
+
+    def close(self) -> None:
+        """End the idle processes; those of a process that this one was forked from are left alone."""
+        while self._idle and self._pid == os.getpid():
+            self._idle.pop().close()
+
+
+_pools: dict[tuple[int, int, int], Pool] = {}
+_pools_lock = threading.Lock()
+
+
+def pool(workers: int = WORKERS, memory_mb: int = MEMORY_MB) -> Pool:
+    """This process's pool of that size; a forked child gets one of its own, for pipes cannot be shared."""
+    key = (os.getpid(), workers, memory_mb)
+    with _pools_lock:
+        if key not in _pools:
+            _pools[key] = Pool(workers, memory_mb)
+            atexit.register(_pools[key].close)
+        return _pools[key]
