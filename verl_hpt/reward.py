@@ -8,7 +8,7 @@ verl calls a synchronous reward function in a thread, where `signal.alarm` canno
 processes of its own with a hard limit of time and memory: `9**9**9**9` costs at most the limit, and only its process,
 which is replaced. The file stands on its own: verl imports it by path.
 
-Every grader returns the same keys, all finite: `score` and `acc` (1.0 or 0.0) and `grading_failed` (1.0 where grading hit
+Every grader returns the same keys, all finite: `score` and `acc` (1.0 or 0.0), `grading_failed` (1.0 where grading hit
 a limit or broke, so that the score 0.0 says nothing about the answer).
 """
 
@@ -132,7 +132,8 @@ def math_verify(
 ) -> dict[str, float]:
     r"""1.0 where math-verify finds the answer equal to the expected one, or its last `\boxed{…}` is that very text.
 
-    `timeout` is in seconds a call, not counting the wait for a free process; `memory_mb` bounds a process's address space.
+    `timeout` is in seconds a call, not counting the wait for a free process; `memory_mb` bounds a process's address
+    space.
     """
     solution, truths = _text(solution_str)[-_LONGEST:], _truths(ground_truth)
     boxed = last_boxed(solution)
@@ -160,8 +161,8 @@ GRADERS = {
 def grader_of(data_source, solution_str: str, grader: str | None = None, graders: dict | None = None):
     r"""The grader of a row: `grader` for all rows, else `graders[data_source]`, else by what the source's name says.
 
-    A name with `gsm8k` takes the `####` form, and the symbolic grader where the solution writes `\boxed{…}` instead; one
-    with `gpqa` takes multiple choice; all others take math-verify.
+    A name with `gsm8k` takes the `####` form, and the symbolic grader where the solution writes `\boxed{…}` instead;
+    one with `gpqa` takes multiple choice; all others take math-verify.
     """
     source = _text(data_source)
     name = grader or (graders or {}).get(source)
@@ -181,10 +182,10 @@ def grader_of(data_source, solution_str: str, grader: str | None = None, graders
 def compute_score(
     data_source, solution_str, ground_truth, extra_info=None, grader: str | None = None, graders=None, **kwargs
 ) -> dict[str, float]:
-    """verl's custom reward function: `{"score", "acc", "grading_failed"}`, all finite, by the grader of the row's source.
+    """verl's custom reward function: the grader of the row's source; `{"score", "acc", "grading_failed"}`, all finite.
 
-    `grader` (a name in `GRADERS`) fixes one for all rows; `graders` maps data sources to names. A row without an expected
-    answer scores 0.0 and is warned of once.
+    `grader` (a name in `GRADERS`) fixes one for all rows; `graders` maps data sources to names. A row without an
+    expected answer scores 0.0 and is warned of once.
     """
     solution = _text(solution_str)
     if not _truths(ground_truth):
@@ -274,7 +275,7 @@ class Pool:
         self._pid = os.getpid()
 
     def grade(self, solution: str, truth: str, limit: float) -> dict:
-        """`{"score": float}` and, where grading failed, `"error"`; returns within `limit` seconds of getting a process."""
+        """`{"score": float}` and, where grading failed, `"error"`, within `limit` seconds of getting a process."""
         with self._free:
             try:
                 worker = self._idle.pop()

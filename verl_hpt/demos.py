@@ -1,0 +1,415 @@
+"""Demonstrations: from what stands in a dataset's cell to the tokens that are trained on.
+
+One row of verl's dataset has a prompt and, in the column `hpt.demo.key`, one demonstration or several. A demonstration
+is a string (the answer), or a list of chat messages that continues the prompt: one assistant message, or assistant and
+tool messages in turn, ending with the assistant's. Tokens are those that a rollout saying the same would have: the text
+after the generation prompt, tokenised without special tokens, and exactly one EOS at the end.
+
+Used by the trainer on the driver and by `verl-hpt data check`, so that the check shows what training does.
+"""
+
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+REASONS = {
+    "null": "no demonstration in this row",
+    "empty": "no text, or nothing but spaces",
+    "not_text": "neither text nor chat messages with text",
+    "bad_roles": "messages must continue the prompt: assistant first, assistant last, tools or users between",
+    "eos_inside": "the EOS token stands in the middle of the text",
+    "too_long": "more tokens, EOS included, than a response may have",
+    "template": "the chat template cannot say which tokens are the assistant's",
+    "bad_column": "a per-demonstration column does not fit the demonstrations",
+}
+
+_CHARACTERS_A_TOKEN = 1024  # no vocabulary has longer tokens: a text above that many times the limit is not tokenised
+
+
+class Unusable(ValueError):
+    """A demonstration cannot be trained on; `reason` is a key of `REASONS`, `detail` says what was got."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{REASONS[reason]}{f' ({detail})' if detail else ''}")
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class EncodedDemo:
+    """A demonstration's tokens: all follow the prompt's own tokens, the last one is EOS.
+
+    `mask` is 1 on what the assistant says (its EOS included) and 0 on what tools or users say between.
+    `warnings` names what is odd but trainable: `think_unclosed` (the prompt opens a reasoning tag that the text never
+    closes).
+    """
+
+    ids: list[int]  # (tokens,)
+    mask: list[int]  # (tokens,)
+    warnings: tuple[str, ...] = ()
+
+
+def plain(value: Any) -> Any:
+    """The same value in plain Python: NumPy, Arrow and tensordict wrappers opened, NaN and missing keys gone.
+
+    A row read back from verl's queue or from Arrow has its lists as arrays, its messages' unused keys as None.
+    """
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return None if math.isnan(value) else value
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if hasattr(value, "as_py"):  # pyarrow scalars
+        return plain(value.as_py())
+    if type(value).__name__ == "NonTensorData":
+        return plain(value.data)
+    if hasattr(value, "tolist"):  # tensordict's stacks, torch tensors
+        return plain(value.tolist())
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+        return [plain(v) for v in value]
+    return value
+
+
+def demonstrations(cell: Any) -> list[Any]:
+    """The raw demonstrations of one row's cell: each a string, a list of message dicts, or something unusable.
+
+    None and an empty list have none; a string, one message, or a list of messages is one; a list of strings or of
+    message lists is several.
+    """
+    cell = plain(cell)
+    if cell is None:
+        return []
+    if isinstance(cell, dict):
+        return [[cell]]
+    if not isinstance(cell, list):
+        return [cell]
+    if cell and all(isinstance(item, dict) for item in cell):
+        return [cell]
+    return [[item] if isinstance(item, dict) else item for item in cell]
+
+
+def message_text(message: dict) -> str:
+    """A message's text, its reasoning in `<think>` tags before it; raises `Unusable` where it is not text."""
+    content = message.get("content")
+    if isinstance(content, list):
+        parts = [p if isinstance(p, str) else p.get("text") if isinstance(p, dict) else None for p in content]
+        if not all(isinstance(p, str) for p in parts):
+            raise Unusable("not_text", f"content parts {_kinds(content)}")
+        content = "".join(parts)
+    if content is None and message.get("tool_calls"):
+        content = ""
+    if not isinstance(content, str):
+        raise Unusable("not_text", f"content is {type(content).__name__}")
+    reasoning = message.get("reasoning_content")
+    if isinstance(reasoning, str) and reasoning.strip() and "</think>" not in content:
+        content = f"<think>\n{reasoning.strip()}\n</think>\n\n{content}"
+    return content
+
+
+def single_text(demo: Any) -> str | None:
+    """The text of a one-turn demonstration, or None where only the chat template can render it; raises `Unusable`."""
+    if demo is None:
+        raise Unusable("null")
+    if isinstance(demo, str):
+        return demo
+    if not isinstance(demo, list) or not all(isinstance(m, dict) for m in demo):
+        raise Unusable("not_text", f"got {_kinds(demo)}")
+    if not demo:
+        raise Unusable("empty")
+    roles = [m.get("role", "assistant") for m in demo]
+    if roles[0] != "assistant" or roles[-1] != "assistant":
+        raise Unusable("bad_roles", f"got {', '.join(map(str, roles))[:200]}")
+    if any(a == b == "assistant" for a, b in itertools.pairwise(roles)):
+        raise Unusable("bad_roles", "two assistant messages in a row; several demonstrations are a list of lists")
+    if len(demo) == 1 and not demo[0].get("tool_calls"):
+        return message_text(demo[0])
+    return None
+
+
+def clean_text(text: str, eos_texts: Sequence[str], think_tail: str | None = None) -> str:
+    """The text to tokenise: without EOS at its end, without a reasoning tag that the prompt has already opened.
+
+    `think_tail` is what the prompt has after its open `<think>` (see `open_think`), None where none is open.
+    Raises `Unusable` for text that is empty or cannot be encoded.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Unusable("not_text", f"a lone surrogate at character {error.start}") from None
+    stripped = True
+    while stripped:
+        stripped = False
+        for eos in eos_texts:
+            if eos and text.rstrip().endswith(eos):
+                text, stripped = text.rstrip()[: -len(eos)], True
+    if think_tail is not None:
+        opened = text.lstrip()
+        if opened.startswith("<think>"):
+            opened = opened[len("<think>") :]
+            text = opened[len(think_tail) :] if opened.startswith(think_tail) else opened
+    if not text.strip():
+        raise Unusable("empty")
+    return text
+
+
+def eos_texts(tokenizer: Any, eos_id: int) -> list[str]:
+    """What EOS looks like at the end of a text: the run's EOS, and the tokenizer's own where that is another."""
+    ids = {int(eos_id), getattr(tokenizer, "eos_token_id", None)} - {None}
+    tokens = [tokenizer.convert_ids_to_tokens(i) for i in sorted(ids)]
+    return [t for t in tokens if isinstance(t, str) and len(t) > 2]
+
+
+def open_think(prompt_ids: Sequence[int] | None, tokenizer: Any) -> str | None:
+    """What follows an open `<think>` at the prompt's end (often a newline), or None where none is open."""
+    if prompt_ids is None or len(prompt_ids) == 0:
+        return None
+    end = tokenizer.decode([int(i) for i in prompt_ids[-16:]], skip_special_tokens=False)
+    _, tag, tail = end.rpartition("<think>")
+    return tail if tag and not tail.strip() else None
+
+
+def finish(ids: Sequence[int], eos_id: int, max_length: int | None) -> list[int]:
+    """The tokens of a cleaned text, EOS appended; raises `Unusable` for EOS in the middle, or for too many."""
+    ids = [*map(int, ids), int(eos_id)]
+    if eos_id in ids[:-1]:
+        raise Unusable("eos_inside", f"token {ids.index(eos_id)} of {len(ids)}")
+    if max_length is not None and len(ids) > max_length:
+        raise Unusable("too_long", f"{len(ids)} tokens, limit {max_length}")
+    return ids
+
+
+def encode(
+    demo: Any,
+    tokenizer: Any,
+    eos_id: int,
+    *,
+    prompt_ids: Sequence[int] | None = None,
+    max_length: int | None = None,
+    prompt_messages: list[dict] | None = None,
+    template_kwargs: dict | None = None,
+) -> EncodedDemo:
+    """Tokens and mask of one raw demonstration; raises `Unusable` with the reason.
+
+    `prompt_ids`: the rollouts' own prompt tokens, to see whether they open a reasoning tag. `max_length`: tokens that a
+    response may have, EOS included. `prompt_messages` and `template_kwargs` (`tools`, `enable_thinking` …) are what the
+    prompt was rendered from; only demonstrations of several turns or with tool calls need them.
+    """
+    demo = plain(demo)
+    text = single_text(demo)
+    ends, think_tail = eos_texts(tokenizer, eos_id), open_think(prompt_ids, tokenizer)
+    if text is None:
+        return _encode_turns(demo, tokenizer, eos_id, max_length, prompt_messages, template_kwargs or {}, ends)
+    text = clean_text(text, ends, think_tail)
+    ids = finish(_tokens(text, tokenizer, max_length), eos_id, max_length)
+    return EncodedDemo(ids, [1] * len(ids), think_warnings(text, think_tail))
+
+
+def think_warnings(text: str, think_tail: str | None) -> tuple[str, ...]:
+    """`think_unclosed` where the prompt opens a reasoning tag and the cleaned text never closes it."""
+    return ("think_unclosed",) if think_tail is not None and "</think>" not in text else ()
+
+
+def _tokens(text: str, tokenizer: Any, max_length: int | None) -> list[int]:
+    if max_length is not None and len(text) > max_length * _CHARACTERS_A_TOKEN:
+        raise Unusable("too_long", f"{len(text)} characters, limit {max_length} tokens")
+    return tokenizer.encode(text, add_special_tokens=False) if text else []
+
+
+def _encode_turns(demo, tokenizer, eos_id, max_length, prompt_messages, template_kwargs, ends) -> EncodedDemo:
+    """Several turns: the whole conversation rendered once, each assistant turn found in it by the prompt before it.
+
+    What stands before assistant turn i must be exactly what a rollout would be given there: the template's rendering of
+    the messages before it with the generation prompt. Where it is not (templates that drop earlier reasoning, say), the
+    tokens to train on would not be those of any rollout, and the demonstration is refused.
+    """
+    if prompt_messages is None:
+        prompt_messages = [{"role": "user", "content": ""}]
+    eos = tokenizer.convert_ids_to_tokens(int(eos_id))
+    turns = [{**m, "content": m.get("content") or ""} for m in demo]
+    for message in turns:
+        message_text(message)
+
+    def render(messages: list[dict], generation: bool) -> str:
+        kwargs = {**template_kwargs, "tokenize": False, "add_generation_prompt": generation}
+        try:
+            return tokenizer.apply_chat_template([*prompt_messages, *messages], **kwargs)
+        except Exception as error:  # templates raise whatever they like: Jinja's own errors, TypeError, KeyError
+            raise Unusable("template", f"{type(error).__name__}: {error}"[:200]) from error
+
+    whole = render(turns, False)
+    at = len(render([], True))
+    ids, mask = [], []
+    for i, message in enumerate(turns):
+        if message.get("role") != "assistant":
+            continue
+        before = render(turns[:i], True)
+        if not whole.startswith(before):
+            raise Unusable("template", f"the text before turn {i + 1} is not what a rollout is given there")
+        end = whole.find(eos, len(before))
+        if end < 0:
+            raise Unusable("template", f"{eos!r} does not end turn {i + 1}")
+        if i > 0:
+            between = _tokens(whole[at : len(before)], tokenizer, max_length)
+            ids, mask = ids + between, mask + [0] * len(between)
+        said = finish(_tokens(whole[len(before) : end], tokenizer, max_length), eos_id, None)
+        ids, mask = ids + said, mask + [1] * len(said)
+        at = end + len(eos)
+        if max_length is not None and len(ids) > max_length:
+            raise Unusable("too_long", f"more than {max_length} tokens at turn {i + 1}")
+    if any(end in whole[at:] for end in ends):
+        raise Unusable("eos_inside", "the last turn has text after EOS")
+    if len(ids) == sum(1 for t in turns if t.get("role") == "assistant"):
+        raise Unusable("empty")
+    return EncodedDemo(ids, mask)
+
+
+def _kinds(value: Any) -> str:
+    if isinstance(value, list):
+        return f"a list of {', '.join(sorted({type(v).__name__ for v in value})) or 'nothing'}"
+    return type(value).__name__
+
+
+@dataclass(frozen=True)
+class DemoColumns:
+    """Names of the optional columns beside the demonstrations' own; None where there is none.
+
+    Each holds one value for a row with one demonstration, or a list with one value for each demonstration.
+    """
+
+    reward: str | None = None  # a number
+    log_probs: str | None = None  # (tokens,) of a teacher, in log space
+    weights: str | None = None  # (tokens,) ≥ 0
+    source: str | None = None  # text
+
+
+@dataclass(frozen=True)
+class Demo:
+    """One raw demonstration of a row with what the optional columns say of it."""
+
+    content: Any
+    index: int  # position in the row's cell
+    reward: float | None = None
+    log_probs: list[float] | None = None
+    weights: list[float] | None = None
+    source: str | None = None
+
+
+def row_demos(row: dict, key: str, columns: DemoColumns | None = None) -> list[Demo]:
+    """The demonstrations of a row with their own reward, log-probs, weights and source.
+
+    Raises `Unusable("bad_column")` where a column has another number of values than there are demonstrations, or one
+    that is not finite.
+    """
+    raw = demonstrations(row.get(key))
+    columns = columns or DemoColumns()
+    values = {
+        name: _spread(row.get(column), len(raw), name, column)
+        for name, column in vars(columns).items()
+        if column is not None
+    }
+    return [Demo(content, i, **{name: v[i] for name, v in values.items()}) for i, content in enumerate(raw)]
+
+
+def _spread(cell: Any, count: int, name: str, column: str) -> list:
+    cell = plain(cell)
+    per_token = name in ("log_probs", "weights")
+    if cell is None:
+        return [None] * count
+    one = not isinstance(cell, list) or (per_token and not any(isinstance(v, list) for v in cell))
+    if one and count != 1:
+        raise Unusable("bad_column", f"{column} has one value for {count} demonstrations")
+    values = [cell] if one else cell
+    if len(values) != count:
+        raise Unusable("bad_column", f"{column} has {len(values)} values for {count} demonstrations")
+    for value in values:
+        numbers = value if per_token else [value]
+        if value is None or name == "source":
+            continue
+        if not isinstance(numbers, list) or not all(_finite(v) for v in numbers):
+            raise Unusable("bad_column", f"{column} must hold finite numbers, got {str(value)[:80]}")
+        if name == "weights" and any(v < 0 for v in numbers):
+            raise Unusable("bad_column", f"{column} must hold weights of 0 or more")
+    return values
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def per_token(demo: Demo, encoded: EncodedDemo) -> EncodedDemo:
+    """`encoded` as it is, once the per-token columns of `demo` are seen to have its length; else `Unusable`."""
+    for name in ("log_probs", "weights"):
+        value = getattr(demo, name)
+        if value is not None and len(value) != len(encoded.ids):
+            detail = f"{name} has {len(value)} values for {len(encoded.ids)} tokens, EOS included"
+            raise Unusable("bad_column", detail)
+    return encoded
+
+
+def stable_hash(*parts: Any) -> int:
+    """A 64-bit number that depends on the parts alone: the same in every process, on every machine."""
+    text = "\x1f".join(str(p) for p in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+SELECTORS = ("first", "random", "round_robin", "shortest", "likelihood", "unseen_first")
+
+
+def select(
+    demos: Sequence[Any],
+    how: str = "first",
+    k: int = 1,
+    *,
+    seed: int = 0,
+    draw: int = 0,
+    question_key: Any = "",
+    log_likelihoods: Sequence[float | None] | None = None,
+    lengths: Sequence[int] | None = None,
+    seen: Callable[[int], int] | dict[int, int] | None = None,
+) -> list[int]:
+    """Positions of the k demonstrations (all, where there are fewer) that this question is shown at this draw.
+
+    Depends on the arguments alone: two questions with the same draw differ by `question_key`, one question's draws by
+    `draw` (a step, or how often it was drawn). `likelihood` (GRAPE, arXiv 2502.04194) takes the highest mean log-prob a
+    token, unknown ones last; `shortest` the fewest `lengths` (default: characters); `unseen_first` the least often
+    `seen` (position → times), at random among equals. Raises ValueError for an unknown rule or missing input.
+    """
+    n = len(demos)
+    k = min(k, n)
+    if how not in SELECTORS:
+        raise ValueError(f"demo.select is {how!r}; choose from {', '.join(SELECTORS)}")
+    if k <= 0:
+        return []
+
+    def shuffled() -> list[int]:
+        return sorted(range(n), key=lambda i: stable_hash(seed, question_key, draw, i))
+
+    if how == "first":
+        return list(range(k))
+    if how == "random":
+        return sorted(shuffled()[:k])
+    if how == "round_robin":
+        start = stable_hash(seed, question_key) % n + draw * k
+        return [(start + i) % n for i in range(k)]
+    if how == "shortest":
+        sizes = list(lengths) if lengths is not None else [len(d if isinstance(d, str) else str(d)) for d in demos]
+        return sorted(range(n), key=lambda i: (sizes[i], i))[:k]
+    if how == "likelihood":
+        if log_likelihoods is None or len(log_likelihoods) != n:
+            got = "none" if log_likelihoods is None else str(len(log_likelihoods))
+            raise ValueError(f"demo.select=likelihood needs a mean log-prob for each of {n} demonstrations, got {got}")
+        known = [v if v is not None and not math.isnan(v) else -math.inf for v in log_likelihoods]
+        return sorted(range(n), key=lambda i: (-known[i], i))[:k]
+    counts = seen if callable(seen) else (seen or {}).get
+    order = {i: place for place, i in enumerate(shuffled())}
+    return sorted(range(n), key=lambda i: (counts(i) or 0, order[i]))[:k]
