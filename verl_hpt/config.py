@@ -1,0 +1,297 @@
+"""The settings, node ``hpt`` of verl's config: typed, checked once before any model loads, turned into plain values.
+
+Nothing behind this file sees a config object: the plan gets ``PlanSettings``, the worker ``LossSpec``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from verl_hpt.errors import UserError
+from verl_hpt.estimator import METHODS, OFF_ZONE, Method, Term, estimator_of
+from verl_hpt.gate import GATES, GateSettings
+from verl_hpt.normalize import NORMALIZATIONS
+from verl_hpt.parts import Constants
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A number that changes over steps: from start at step 0 to end at step ``steps``, then end."""
+
+    start: float
+    end: float
+    steps: int
+    shape: Literal["linear", "cosine"] = "linear"
+
+    def at(self, step: int) -> float:
+        done = min(max(step / self.steps, 0.0), 1.0) if self.steps > 0 else 1.0
+        if self.shape == "cosine":
+            done = (1 - math.cos(math.pi * done)) / 2
+        return self.start + (self.end - self.start) * done
+
+
+@dataclass(frozen=True)
+class Gate:
+    """When a question learns from its demonstration instead of its rollouts.
+
+    threshold: γ, solved ≤ γ·n; count: the same as a number of rollouts; success: score from which a rollout counts as
+    solved; off: upper bound, a share, of the zone trained off-policy on the demonstration; soft: table of
+    (on, off, sft) by number solved; function: a name registered with ``verl_hpt.gate.register_gate``.
+    """
+
+    threshold: float | Schedule = 0.0
+    count: int | None = None
+    success: float = 1.0
+    off: float | Schedule | None = None
+    soft: list[list[float]] | None = None
+    function: str | None = None
+
+    def at(self, step: int) -> GateSettings:
+        """The plain numbers of one step."""
+
+        def now(x):
+            return x.at(step) if isinstance(x, Schedule) else x
+
+        soft = None if self.soft is None else tuple(tuple(row) for row in self.soft)
+        return GateSettings(now(self.threshold), self.count, self.success, now(self.off), soft, self.function)
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Where demonstrations come from, and which of them are used.
+
+    key: column with the demonstration (a string, chat messages, or a list of either); reward: what a demonstration
+    counts as where a method needs it, a number or a column (null: ``gate.success``); eos: id of the end token (null:
+    the tokenizer's); on_unusable: "keep" the question's rollouts, or stop with an "error"; per_question: how many of a
+    question's demonstrations are used at once, chosen by ``select``; log_likelihood, other_log_prob: columns of
+    numbers, one a demonstration.
+    """
+
+    key: str = "target"
+    reward: float | str | None = None
+    eos: int | None = None
+    on_unusable: Literal["keep", "error"] = "keep"
+    per_question: int = 1
+    select: Literal["first", "random", "round_robin", "shortest", "likelihood", "unseen_first"] = "first"
+    log_likelihood: str | None = None
+    other_log_prob: str | None = None
+
+
+@dataclass(frozen=True)
+class SourceSettings:
+    """What may differ for one data source."""
+
+    gate: Gate = field(default_factory=Gate)
+
+
+@dataclass(frozen=True)
+class Compose:
+    """A method put together by hand: estimators by name or by their four parts.
+
+    rollouts: a method's name or {mask, reference, advantage, likelihood}; demos: a list of
+    {kind: S | R, scale: 1.0, estimator: as rollouts}.
+    """
+
+    rollouts: str | dict[str, str] | None = "dr_grpo"
+    demos: list[dict[str, Any]] = field(default_factory=list)
+    place: Literal["separate", "group"] = "separate"
+    when: Literal["gate", "always", "never", "soft", "unrewarded", "own"] = "gate"
+    normalization: str = "question"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Node ``hpt``. Defaults are right without reading; see the README for each."""
+
+    method: str = "hpt"
+    normalization: str | None = None
+    demo_coef: float = 0.1
+    rl_length_scale: float | None = None
+    question_key: str | None = None
+    modules: list[str] = field(default_factory=list)
+    compose: Compose | None = None
+    options: dict[str, float] = field(default_factory=dict)
+    gate: Gate = field(default_factory=Gate)
+    per_source: dict[str, SourceSettings] = field(default_factory=dict)
+    demo: Demo = field(default_factory=Demo)
+    seed: int = 0
+
+
+def load(node: Mapping | None) -> Settings:
+    """Settings from the plain dictionary of node ``hpt``.
+
+    Raises:
+        UserError: an unknown or ill-typed key, or a value out of its range: the key, the value and the choices.
+    """
+    node = dict(node or {})
+    if isinstance(node.get("per_source"), Mapping):  # a source's gate starts from the general one
+        general = node.get("gate") or {}
+        node["per_source"] = {
+            source: {**own, "gate": {**general, **(own.get("gate") or {})}} if isinstance(own, Mapping) else own
+            for source, own in node["per_source"].items()
+        }
+    settings = _build(Settings, node, "hpt")
+    _check(settings)
+    return settings
+
+
+def resolve_method(settings: Settings) -> Method:
+    """The method that the settings name or compose, with user modules imported and ``gate.off``'s zone added.
+
+    Raises:
+        UserError: a module that does not import, an unknown method or part.
+    """
+    for module in settings.modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise UserError(f"hpt.modules: cannot import {module!r} ({error}); is it on PYTHONPATH?") from error
+    if settings.compose is not None:
+        method = _composed(settings.compose)
+    elif settings.method in METHODS:
+        method = METHODS[settings.method]
+    else:
+        raise UserError(f"hpt.method={settings.method!r} is unknown; one of {', '.join(METHODS)}")
+    gates = [settings.gate, *(own.gate for own in settings.per_source.values())]
+    if any(gate.off is not None for gate in gates):
+        if method.when != "gate":
+            raise UserError(f"hpt.gate.off is set, but method {method.name!r} has no gate (when={method.when!r})")
+        method = dataclasses.replace(method, off_zone=method.term("R") or OFF_ZONE)
+    for gate in gates:
+        if gate.function is not None and gate.function not in GATES:
+            known = ", ".join(GATES) or "none; name the module that registers it in hpt.modules"
+            raise UserError(f"hpt.gate.function={gate.function!r} is not registered; known: {known}")
+    if any(gate.soft is not None for gate in gates) and method.when != "soft":
+        raise UserError(f"hpt.gate.soft is set, but method {method.name!r} does not read it; set hpt.method=hpt_soft")
+    return method
+
+
+def constants(settings: Settings, clip_low: float = 0.2, clip_high: float = 0.2, clip_c: float = 3.0) -> Constants:
+    """Numbers of the methods: clip range from verl's ``actor.*``, the rest from ``hpt.options``."""
+    return Constants(clip_low=clip_low, clip_high=clip_high, clip_c=clip_c, **settings.options)
+
+
+def _composed(compose: Compose) -> Method:
+    try:
+        rollouts = None if compose.rollouts is None else estimator_of(compose.rollouts, "hpt.compose.rollouts")
+        terms = []
+        for i, term in enumerate(compose.demos):
+            where = f"hpt.compose.demos[{i}]"
+            unknown = set(term) - {"kind", "scale", "estimator"}
+            if unknown or term.get("kind") not in ("S", "R"):
+                raise UserError(f"{where}: needs kind (S or R), scale and estimator; got {dict(term)}")
+            estimator = estimator_of(term.get("estimator", {"advantage": "unit"}), f"{where}.estimator")
+            terms.append(Term(term["kind"], estimator, float(term.get("scale", 1.0))))
+        return Method("composed", rollouts, tuple(terms), compose.place, compose.when, compose.normalization)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _check(settings: Settings) -> None:
+    """Ranges and choices that types do not say."""
+
+    def need(ok: bool, key: str, value: Any, what: str) -> None:
+        if not ok:
+            raise UserError(f"hpt.{key}={value!r}: must be {what}")
+
+    need(
+        settings.normalization in (None, *NORMALIZATIONS),
+        "normalization", settings.normalization, f"null or one of {', '.join(NORMALIZATIONS)}",
+    )  # fmt: skip
+    need(settings.demo_coef >= 0, "demo_coef", settings.demo_coef, "at least 0")
+    scale = settings.rl_length_scale
+    need(scale is None or scale > 0, "rl_length_scale", scale, "null (data.max_response_length) or above 0")
+    allowed = {f.name for f in dataclasses.fields(Constants)} - {"clip_low", "clip_high", "clip_c"}
+    for name in settings.options:
+        need(name in allowed, f"options.{name}", settings.options[name], f"one of {', '.join(sorted(allowed))}")
+    for where, gate in [("gate", settings.gate)] + [
+        (f"per_source.{s}.gate", o.gate) for s, o in settings.per_source.items()
+    ]:
+        if gate.soft is not None:
+            need(len(gate.soft) >= 2 and all(len(row) == 3 and min(row) >= 0 for row in gate.soft), f"{where}.soft",
+                 gate.soft, "a table of at least two rows (on, off, sft), none negative")  # fmt: skip
+        for name in ("threshold", "off"):
+            value = getattr(gate, name)
+            numbers = (value.start, value.end) if isinstance(value, Schedule) else (value,)
+            need(all(x is None or math.isfinite(x) for x in numbers), f"{where}.{name}", value, "finite")
+        need(math.isfinite(gate.success), f"{where}.success", gate.success, "finite")
+    need(settings.demo.per_question >= 1, "demo.per_question", settings.demo.per_question, "at least 1")
+
+
+def _build(kind: Any, value: Any, path: str) -> Any:
+    """A value of the wanted type, or a UserError that names the path, the value and what it may be."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{path}={value!r}: must be a mapping with keys {', '.join(_keys(kind))}")
+        hints = typing.get_type_hints(kind)
+        for key in value:
+            if key not in hints:
+                raise UserError(f"{path}.{key}: unknown key (value {value[key]!r}); one of {', '.join(_keys(kind))}")
+        built = {key: _build(hints[key], item, f"{path}.{key}") for key, item in value.items()}
+        missing = [f.name for f in dataclasses.fields(kind) if _required(f) and f.name not in built]
+        if missing:
+            raise UserError(f"{path}: needs {', '.join(missing)}; got {', '.join(value) or 'nothing'}")
+        return kind(**built)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        wanted = [arg for arg in args if arg is not type(None)]
+        if isinstance(value, Mapping):  # the error of the one that could fit is the helpful one
+            wanted = [
+                arg for arg in wanted if dataclasses.is_dataclass(arg) or typing.get_origin(arg) is dict
+            ] or wanted
+        if len(wanted) == 1:
+            return _build(wanted[0], value, path)
+        for arg in wanted:
+            try:
+                return _build(arg, value, path)
+            except UserError:
+                continue
+        raise UserError(f"{path}={value!r}: must be {_name(kind)}")
+    if origin is Literal:
+        if value in args:
+            return value
+        raise UserError(f"{path}={value!r}: must be one of {', '.join(map(str, args))}")
+    if origin is list:
+        if isinstance(value, (list, tuple)):
+            return [_build(args[0], item, f"{path}[{i}]") for i, item in enumerate(value)]
+        raise UserError(f"{path}={value!r}: must be a list")
+    if origin is dict:
+        if isinstance(value, Mapping):
+            return {str(key): _build(args[1], item, f"{path}.{key}") for key, item in value.items()}
+        raise UserError(f"{path}={value!r}: must be a mapping")
+    if kind is Any:
+        return value
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value):
+        return float(value)
+    if kind in (int, str, bool) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    raise UserError(f"{path}={value!r}: must be {_name(kind)}, got {type(value).__name__}")
+
+
+def _required(f: dataclasses.Field) -> bool:
+    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+
+
+def _keys(kind: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(kind)]
+
+
+def _name(kind: Any) -> str:
+    args = typing.get_args(kind)
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return " or ".join(_name(arg) for arg in args)
+    plain = {float: "a number", int: "a whole number", str: "text", bool: "true or false", type(None): "null"}
+    if kind is Schedule:
+        return "a schedule {start, end, steps, shape: linear | cosine}"
+    return plain.get(kind, str(kind))

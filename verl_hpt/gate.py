@@ -1,0 +1,105 @@
+"""The gate: does a question learn from its rollouts or from its demonstration? Decided here, in ``decide``.
+
+HPT (arXiv 2509.04419, eq. 13): with P the share of a question's rollouts that the verifier accepts, imitate where
+P ≤ γ, reinforce elsewhere. Counts are compared, not shares: a float share of 5 of 7 lies below 5/7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+EPSILON = 1e-9
+
+# Coefficients (on, off, sft) by number solved of 8, the demonstration itself counted (published code of HPT).
+SOFT_TABLE = (
+    (1, 1, 1), (0, 0, 1), (0.125, 0.5, 0.5), (0.25, 1, 0.25), (0.5, 0.5, 0.125), (1, 0.25, 0), (1, 0.125, 0), (1, 0, 0),
+    (1, 0, 0),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """γ as a share (threshold) or a count of rollouts; off: upper bound of the zone trained off-policy on the demo.
+
+    count wins over threshold where it is set. success is the score from which a rollout counts as solved. soft is a
+    table (on, off, sft) by number solved, used by methods whose ``when`` is "soft". function names a gate of the user's.
+    """
+
+    threshold: float = 0.0
+    count: int | None = None
+    success: float = 1.0
+    off: float | None = None
+    soft: tuple[tuple[float, float, float], ...] | None = None
+    function: str | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one question trains on: factors on its rollouts, on its demonstrations' R terms and on their S terms.
+
+    zone is "rl", "demo", "off", "both" or "soft", for metrics and for people.
+    """
+
+    zone: str
+    on: float
+    off: float
+    sft: float
+
+
+RL = Decision("rl", 1.0, 0.0, 0.0)
+DEMO = Decision("demo", 0.0, 1.0, 1.0)
+OFF = Decision("off", 0.0, 1.0, 0.0)
+BOTH = Decision("both", 1.0, 1.0, 1.0)
+
+
+GATES: dict[str, Callable[[int, int, GateSettings], Decision]] = {}
+
+
+def register_gate(function: Callable[[int, int, GateSettings], Decision]):
+    """Register a gate of your own under its function's name, for ``hpt.gate.function`` (module in ``hpt.modules``).
+
+    It gets (solved, n, settings) and returns a Decision, as ``decide`` does::
+
+        @register_gate
+        def at_most_one(solved, n, settings):
+            return DEMO if solved <= 1 else RL
+    """
+    if GATES.get(function.__name__, function).__module__ != function.__module__:
+        raise ValueError(f"gate {function.__name__!r} is already registered: choose another name")
+    GATES[function.__name__] = function
+    return function
+
+
+def decide(solved: int, n: int, settings: GateSettings) -> Decision:
+    """The switch. γ < 0 never fires, γ ≥ 1 always does.
+
+    Args:
+        solved: rollouts of the question whose score reached ``gate.success``.
+        n: rollouts of the question that came back (failed sessions are not among them).
+    """
+    if settings.function is not None:
+        return GATES[settings.function](solved, n, settings)
+    if solved <= _limit(settings.threshold, settings.count, n):
+        return DEMO
+    if settings.off is not None and solved <= _limit(settings.off, None, n):
+        return OFF
+    return RL
+
+
+def decide_soft(solved: int, n: int, demo_correct: bool, settings: GateSettings) -> Decision:
+    """Shares of rollouts and demonstration by number solved, the demonstration counted as the published code does.
+
+    A table of m + 1 rows stands for groups of m; other group sizes are scaled to it, rounded down. The published table
+    has 9 rows, for n = 8.
+    """
+    table = settings.soft or SOFT_TABLE
+    last = len(table) - 1
+    counted = solved + int(demo_correct)
+    at = counted if n == last else int(counted * last / n + EPSILON)
+    on, off, sft = table[min(at, last)]
+    return Decision("soft", float(on), float(off), float(sft))
+
+
+def _limit(threshold: float, count: int | None, n: int) -> float:
+    return (count if count is not None else threshold * n) + EPSILON
