@@ -55,14 +55,12 @@ class EncodedDemo:
 
 
 def plain(value: Any) -> Any:
-    """The same value in plain Python: NumPy, Arrow and tensordict wrappers opened, NaN and missing keys gone.
+    """The same value in plain Python: NumPy, Arrow and tensordict wrappers opened, keys of dicts that hold None gone.
 
     A row read back from verl's queue or from Arrow has its lists as arrays, its messages' unused keys as None.
     """
-    if value is None or isinstance(value, str | bool | int):
+    if value is None or isinstance(value, str | bool | int | float):
         return value
-    if isinstance(value, float):
-        return None if math.isnan(value) else value
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items() if v is not None}
     if isinstance(value, list | tuple):
@@ -87,7 +85,7 @@ def demonstrations(cell: Any) -> list[Any]:
     message lists is several.
     """
     cell = plain(cell)
-    if cell is None:
+    if cell is None or cell != cell:  # pandas writes a missing text as NaN
         return []
     if isinstance(cell, dict):
         return [[cell]]
@@ -118,7 +116,7 @@ def message_text(message: dict) -> str:
 
 def single_text(demo: Any) -> str | None:
     """The text of a one-turn demonstration, or None where only the chat template can render it; raises `Unusable`."""
-    if demo is None:
+    if demo is None or demo != demo:
         raise Unusable("null")
     if isinstance(demo, str):
         return demo

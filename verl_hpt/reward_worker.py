@@ -1,7 +1,7 @@
 """The process that runs math-verify, one request a line; started by `verl_hpt.reward`, never imported by it.
 
 A request is a JSON line `{"solution": str, "truth": str, "limit": seconds}`, the answer a JSON line
-`{"score": 0.0 | 1.0}` or `{"score": 0.0, "error": str}`. The process bounds itself, so that it dies even when its parent
+`{"score": 0.0 | 1.0}` or `{"score": 0.0, "error": str}`. The process bounds itself: it dies even when its parent
 is gone or busy: an alarm with the system's default action ends it in the middle of C code, where a Python handler would
 never run, and an address-space limit turns a memory blow-up into a MemoryError of this process alone.
 """

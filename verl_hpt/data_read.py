@@ -1,0 +1,245 @@
+"""Rows of a data file, one at a time: parquet, JSON lines, a JSON list, or a Hugging Face dataset by name.
+
+Memory is that of a batch of rows, whatever the file's size. Whatever is wrong with a file stops with a `BadRow` that
+names the file, the row (from 1; the line of a JSONL file) and the field.
+"""
+
+import gzip
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from verl_hpt.errors import UserError
+
+MAX_ROW_BYTES = 64 * 2**20  # one row of text; anything larger is damage, not data
+_BATCH_BYTES = 8 * 2**20
+_SUFFIXES = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".ndjson")
+_HUB_NAME = re.compile(r"^\w[\w.-]*/[\w.-]+(?:@[\w.-]+)?(?::[\w\[\]:%+.-]+)?$")
+
+
+class BadRow(UserError):
+    """Something is wrong with one row, or with a whole file (row 0)."""
+
+    def __init__(self, file: str, row: int, field: str, problem: str):
+        where = f"row {row}" if row else "the file"
+        super().__init__(f"{file}: {where}: field `{field}`: {problem}")
+        self.file, self.row, self.field, self.problem = str(file), row, field, problem
+
+
+def read_rows(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row number from 1, row) of a file, or of a dataset `owner/name[@config][:split]`; raises `BadRow`."""
+    path = Path(source)
+    if path.is_dir():
+        raise BadRow(source, 0, "(file)", "is a folder; name the files in it")
+    if not path.exists():
+        if _looks_like_hub(source):
+            yield from _hub_rows(source)
+            return
+        raise BadRow(source, 0, "(file)", "no such file")
+    if path.stat().st_size == 0:
+        raise BadRow(source, 0, "(file)", "is empty")
+    kind = file_kind(source)
+    reader = {"parquet": _parquet_rows, "jsonl": _jsonl_rows, "json": _json_rows}[kind]
+    found = False
+    for number, row in reader(source):
+        found = True
+        yield number, row
+    if not found:
+        raise BadRow(source, 0, "(file)", "has no rows")
+
+
+def count_rows(source: str) -> int | None:
+    """How many rows a parquet file says it has; None where only reading would tell."""
+    if not Path(source).is_file() or file_kind(source) != "parquet":
+        return None
+    return _open_parquet(source).metadata.num_rows
+
+
+def file_kind(source: str) -> str:
+    """`parquet`, `jsonl` or `json`, by the file's first bytes; its name decides only what the bytes leave open."""
+    try:
+        with open(source, "rb") as file:
+            head = file.read(4096)
+        if head[:2] == b"\x1f\x8b":
+            with gzip.open(source, "rb") as file:
+                head = file.read(4096)
+    except (OSError, EOFError) as error:
+        raise BadRow(source, 0, "(file)", f"cannot be read: {error}") from None
+    if head[:4] == b"PAR1":
+        return "parquet"
+    if source.lower().endswith(".parquet"):
+        raise BadRow(source, 0, "(file)", "is called .parquet but does not begin as one (damaged, or another format)")
+    if head.lstrip()[:1] == b"[":
+        return "json"
+    if head.lstrip()[:1] == b"{" or source.lower().endswith(_SUFFIXES):
+        return "jsonl"
+    raise BadRow(source, 0, "(file)", f"is neither parquet nor JSON; known: {', '.join(_SUFFIXES)}")
+
+
+def _open_parquet(source: str):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        # Buffered column streams: a file of one huge row group is read page by page, not held whole.
+        return pq.ParquetFile(source, pre_buffer=False, buffer_size=2**20, page_checksum_verification=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise BadRow(source, 0, "(file)", f"is not a whole parquet file: {_first_line(error)}") from None
+
+
+def _parquet_rows(source: str) -> Iterator[tuple[int, dict]]:
+    import pyarrow as pa
+
+    file = _open_parquet(source)
+    number = 0
+    try:
+        size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups))
+        batch_rows = max(1, min(1024, _BATCH_BYTES * max(file.metadata.num_rows, 1) // max(size, 1)))
+        for batch in file.iter_batches(batch_size=int(batch_rows)):
+            for i in range(batch.num_rows):
+                number += 1
+                row = {}
+                for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                    try:
+                        row[name] = column[i].as_py()
+                    except UnicodeDecodeError as error:
+                        raise BadRow(source, number, name, f"is not UTF-8: {error.reason}") from None
+                    except (pa.ArrowException, ValueError, OverflowError) as error:
+                        raise BadRow(source, number, name, f"cannot be read: {_first_line(error)}") from None
+                    _bound(source, number, name, row[name])
+                yield number, row
+    except (pa.ArrowException, OSError, MemoryError) as error:
+        raise BadRow(source, number + 1, "(row)", f"cannot be read, damaged here: {_first_line(error)}") from None
+
+
+def _bound(source: str, number: int, name: str, value: Any) -> None:
+    if isinstance(value, str | bytes) and len(value) > MAX_ROW_BYTES:
+        raise BadRow(source, number, name, f"has {len(value)} characters; no row may have more than {MAX_ROW_BYTES}")
+
+
+def _jsonl_rows(source: str) -> Iterator[tuple[int, dict]]:
+    with _open_binary(source) as file:
+        number = 0
+        while True:
+            try:
+                line = file.readline(MAX_ROW_BYTES + 1)
+            except (OSError, EOFError) as error:
+                raise BadRow(source, number + 1, "(line)", f"cannot be read: {_first_line(error)}") from None
+            if not line:
+                return
+            number += 1
+            if len(line) > MAX_ROW_BYTES:
+                raise BadRow(source, number, "(line)", f"is longer than {MAX_ROW_BYTES} bytes")
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.strip():
+                yield number, _parsed(source, number, line, ended=line.endswith(b"\n"))
+
+
+def _parsed(source: str, number: int, line: bytes, ended: bool = True) -> dict:
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as error:
+        problem = f"byte {error.start} is not UTF-8 (0x{line[error.start]:02x}); convert the file to UTF-8"
+        raise BadRow(source, number, _field_before(line, error.start), problem) from None
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        cut = "" if ended else "; the last line has no end: the file looks cut off"
+        raise BadRow(source, number, "(line)", f"is not JSON: {error.msg} at character {error.pos}{cut}") from None
+    except (RecursionError, ValueError) as error:
+        raise BadRow(source, number, "(line)", f"is not usable JSON: {_first_line(error)}") from None
+    if not isinstance(row, dict):
+        raise BadRow(source, number, "(line)", f"must be an object with named fields, got {type(row).__name__}")
+    return row
+
+
+def _field_before(line: bytes, position: int) -> str:
+    """The last `"name":` before a byte: good enough to point a person at it."""
+    names = re.findall(rb'"([^"\\]{1,60})"\s*:', line[:position])
+    return names[-1].decode("utf-8", "replace") if names else "(line)"
+
+
+def _json_rows(source: str) -> Iterator[tuple[int, dict]]:
+    """Elements of one JSON list, decoded as they arrive."""
+    decoder, number = json.JSONDecoder(), 0
+    with _open_binary(source) as binary:
+        file = io.TextIOWrapper(binary, encoding="utf-8-sig")
+
+        def more() -> str:
+            try:
+                return file.read(2**20)
+            except UnicodeDecodeError as error:
+                problem = f"not UTF-8 ({error.reason}); convert the file to UTF-8"
+                raise BadRow(source, number + 1, "(row)", problem) from None
+            except (OSError, EOFError) as error:
+                raise BadRow(source, number + 1, "(row)", f"cannot be read: {_first_line(error)}") from None
+
+        buffer, at, comma = more(), 0, False
+        at = buffer.index("[") + 1
+        while True:
+            while at < len(buffer) and (buffer[at].isspace() or (comma and buffer[at] == ",")):
+                comma = comma and buffer[at] != ","
+                at += 1
+            if buffer.startswith("]", at):
+                if (buffer[at + 1 :] + more()).strip():
+                    raise BadRow(source, number + 1, "(file)", "has text after the end of its list")
+                return
+            try:
+                row, end = decoder.raw_decode(buffer, at)
+            except (RecursionError, ValueError):
+                chunk = more()
+                buffer, at = buffer[at:] + chunk, 0
+                if not chunk:
+                    raise BadRow(source, number + 1, "(row)", "is not JSON, or the file is cut off here") from None
+                if len(buffer) > MAX_ROW_BYTES:
+                    problem = f"is longer than {MAX_ROW_BYTES} characters, or broken"
+                    raise BadRow(source, number + 1, "(row)", problem) from None
+                continue
+            number += 1
+            if not isinstance(row, dict):
+                problem = f"must be an object with named fields, got {type(row).__name__}"
+                raise BadRow(source, number, "(row)", problem)
+            yield number, row
+            at, comma = end, True
+
+
+def _open_binary(source: str):
+    with open(source, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    return gzip.open(source, "rb") if packed else open(source, "rb")
+
+
+def _looks_like_hub(source: str) -> bool:
+    return source.startswith("hf:") or bool(_HUB_NAME.match(source) and not source.lower().endswith(_SUFFIXES))
+
+
+def _hub_rows(source: str) -> Iterator[tuple[int, dict]]:
+    """A dataset by name (or a local dataset folder, `hf:FOLDER`), streamed by the `datasets` library."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{source} is no file, and reading it as a Hugging Face dataset needs `datasets`") from None
+    match = re.match(r"^(?:hf:)?(.+?)(?:@([\w.-]+))?(?::([\w\[\]:%+.-]+))?$", source)
+    name, config, split = match.group(1), match.group(2), match.group(3) or "train"
+    number = 0
+    try:
+        for row in datasets.load_dataset(name, config, split=split, streaming=True):
+            number += 1
+            yield number, dict(row)
+    except BadRow:
+        raise
+    except Exception as error:  # the hub's client raises from many libraries; the user needs its first line
+        raise BadRow(
+            source, number + 1 if number else 0, "(dataset)", f"cannot be read: {_first_line(error)}"
+        ) from None
+    if not number:
+        raise BadRow(source, 0, "(dataset)", "has no rows")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__)[:300]
