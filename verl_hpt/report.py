@@ -1,0 +1,285 @@
+"""What a run did, from verl's own metrics: `verl-hpt report RUN_DIR…` writes a picture, a summary and a short table.
+
+A run directory holds `metrics.jsonl`, verl's logger `file` (`trainer.logger=[console,file]`, its place is the
+environment's `VERL_FILE_LOGGER_PATH`). Every number here is taken from there unchanged, or is a mean that the table
+names. Several runs stand side by side: that is the comparison of methods, as fair as their settings were.
+
+Left out: anything that needs the model; smoothing of the numbers (the picture draws the raw points, pale, under a mean).
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+
+from verl_hpt.errors import UserError
+
+METRICS = "metrics.jsonl"
+LAST = 5  # validations whose mean the table gives
+
+# Okabe and Ito's colours, which stay apart for every kind of colour blindness, in the order of use.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+# Curve of the summary -> verl's metric, the first that a step has. The mean score of the rollouts is the solve rate of
+# a stock run where rewards are 0 or 1.
+CURVES = {
+    "solve_rate": ("hpt/solve_rate", "critic/score/mean"),
+    "rl_solve_rate": ("hpt/rl_solve_rate",),
+    "demo_share": ("hpt/demo_share",),
+}
+TITLES = {
+    "validation_accuracy": "Validation accuracy (greedy)",
+    "solve_rate": "Solve rate of all rollouts",
+    "rl_solve_rate": "Solve rate of questions on RL",
+    "demo_share": "Share of questions on demonstrations",
+}
+_VALIDATION = re.compile(r"^val-core/(?P<source>.+)/(?P<kind>acc|reward|score)/mean@(?P<n>\d+)$")
+
+
+def read(path: str) -> list[tuple[int, dict]]:
+    """`(step, metrics)` of every complete line of verl's file logger, in order of steps.
+
+    A last line without its newline is being written, or was cut off when the run was killed: it is left out. Errors: any
+    other line that is not `{"step": …, "data": {…}}` is named by file and number.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = file.read().split("\n")[:-1]
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} does not exist. `verl-hpt report` reads verl's file logger: run with trainer.logger=[console,file] "
+            f"and VERL_FILE_LOGGER_PATH=RUN_DIR/{METRICS}."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    rows: dict[int, dict] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            step, data = int(entry["step"]), dict(entry["data"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f'{path}, line {number}: not a line of verl\'s file logger, {{"step": …, "data": {{…}}}} ({error!r}).'
+            ) from None
+        rows.setdefault(step, {}).update(data)
+    return sorted(rows.items())
+
+
+def _number(value) -> float | None:
+    """The value as a finite float, or None: a step without such rollouts logs nothing or NaN."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def validation(data: dict) -> dict[str, float]:
+    """Accuracy by data source from one line's `val-core/SOURCE/acc/mean@N`, or of the reward where no accuracy is.
+
+    `mean@N` is avg@N, the mean over N answers a question; with several N the largest counts.
+    """
+    best: dict[str, tuple[tuple[bool, int], float]] = {}
+    for key, value in data.items():
+        match, number = _VALIDATION.match(key), _number(value)
+        if match and number is not None:
+            rank = (match["kind"] == "acc", int(match["n"]))
+            if match["source"] not in best or rank > best[match["source"]][0]:
+                best[match["source"]] = (rank, number)
+    return {source: number for source, (_, number) in sorted(best.items())}
+
+
+def curves(rows: list[tuple[int, dict]]) -> dict[str, list[list[float]]]:
+    """The summary's curves, each a list of [step, value]; validation accuracy is the mean over data sources."""
+    found: dict[str, list[list[float]]] = {"validation_accuracy": [], **{name: [] for name in CURVES}}
+    for step, data in rows:
+        by_source = validation(data)
+        if by_source:
+            found["validation_accuracy"].append([step, sum(by_source.values()) / len(by_source)])
+        for name, keys in CURVES.items():
+            value = next((number for key in keys if (number := _number(data.get(key))) is not None), None)
+            if value is not None:
+                found[name].append([step, value])
+    return found
+
+
+def summarize(run_dir: str) -> dict:
+    """Everything `summary.json` holds of one run: the curves, validation by data source, seconds of the steps."""
+    rows = read(os.path.join(run_dir, METRICS))
+    found = curves(rows)
+    if not any(found.values()):
+        raise UserError(
+            f"{os.path.join(run_dir, METRICS)} holds no validation, solve rate or reward (lines: {len(rows)}). "
+            "Did the run end before its first step, or is this another logger's file?"
+        )
+    by_source: dict[str, list[list[float]]] = {}
+    for step, data in rows:
+        for source, value in validation(data).items():
+            by_source.setdefault(source, []).append([step, value])
+    seconds = [n for _, data in rows if (n := _number(data.get("timing_s/step"))) is not None]
+    return {
+        **found,
+        "validation_by_source": by_source,
+        "steps": max(step for step, _ in rows),
+        "seconds_of_steps": round(sum(seconds), 1),
+    }
+
+
+def latest(path: str) -> dict | None:
+    """The newest value of each curve and the newest step, for a run under way; None before its first line."""
+    if not os.path.exists(path):
+        return None
+    rows = read(path)
+    if not rows:
+        return None
+    return {"step": rows[-1][0], **{name: points[-1][1] for name, points in curves(rows).items() if points}}
+
+
+def names(run_dirs: list[str]) -> list[str]:
+    """A short name a run: the last part of its path, or the whole path where two runs share that."""
+    short = [os.path.basename(os.path.normpath(d)) or d for d in run_dirs]
+    return [d if short.count(s) > 1 else s for d, s in zip(run_dirs, short, strict=True)]
+
+
+def table(summaries: dict[str, dict]) -> str:
+    """One row a run: validation at the start and over the last ones, solve rates and demonstrations, first → last."""
+    header = ["run", "validation first", f"last {LAST}, mean", "solve rate", "on RL", "on demonstrations", "steps"]
+    rows = [header]
+    for name, summary in summaries.items():
+        values = [value for _, value in summary["validation_accuracy"]]
+        tail = values[-LAST:]
+        rows.append(
+            [
+                name,
+                f"{values[0]:.3f}" if values else "–",
+                f"{sum(tail) / len(tail):.3f}" if tail else "–",
+                *(_ends(summary[curve]) for curve in ("solve_rate", "rl_solve_rate", "demo_share")),
+                str(summary["steps"]),
+            ]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "  ".join("─" * width for width in widths), *lines[1:]])
+
+
+def _ends(points: list[list[float]]) -> str:
+    return f"{points[0][1]:.2f} → {points[-1][1]:.2f}" if points else "–"
+
+
+def smooth(values: list[float], width: int = 5) -> list[float]:
+    """Centred running mean over `width` points, over fewer at the ends."""
+    half = width // 2
+    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
+def plot(summaries: dict[str, dict], path: str) -> None:
+    """One run: its curves in one picture. Several: a panel a curve, the runs in one colour each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    style = {
+        "font.size": 11,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": "#e6e6e6",
+        "axes.axisbelow": True,
+        "legend.frameon": False,
+    }
+    with plt.rc_context(style):
+        if len(summaries) == 1:
+            figure = _plot_one(plt, *next(iter(summaries.items())))
+        else:
+            figure = _plot_many(plt, summaries)
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+
+
+def _frame(axes, title: str) -> None:
+    axes.set(ylim=(-0.03, 1.03), xlabel="training step")
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+
+
+def _draw(axes, points, colour, label, line="-", marker=None) -> None:
+    """Raw points, pale, under their running mean; validation, measured on purpose, is drawn as it is."""
+    steps, values = zip(*points, strict=True)
+    if marker:
+        axes.plot(steps, values, line, color=colour, label=label, marker=marker, markersize=4.5, linewidth=2)
+        return
+    axes.plot(steps, values, line, color=colour, alpha=0.25, linewidth=1)
+    axes.plot(steps, smooth(list(values)), line, color=colour, label=label, linewidth=2)
+
+
+def _plot_one(plt, name: str, summary: dict):
+    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    _frame(axes, name)
+    looks = {
+        "validation_accuracy": (COLOURS[0], "-", "o"),
+        "solve_rate": (COLOURS[2], "-", None),
+        "rl_solve_rate": (COLOURS[4], ":", None),
+        "demo_share": (COLOURS[1], "--", None),
+    }
+    for curve, (colour, line, marker) in looks.items():
+        if summary[curve]:
+            _draw(axes, summary[curve], colour, TITLES[curve], line, marker)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
+    return figure
+
+
+def _plot_many(plt, summaries: dict[str, dict]):
+    shown = [curve for curve in TITLES if any(summary[curve] for summary in summaries.values())]
+    columns = min(2, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(5.6 * columns, 3.6 * rows), layout="constrained", squeeze=False)
+    lines = ("-", "--", "-.", ":")
+    for axes, curve in zip(grid.flat, shown, strict=False):
+        _frame(axes, TITLES[curve])
+        for i, (name, summary) in enumerate(summaries.items()):
+            if summary[curve]:
+                marker = "o" if curve == "validation_accuracy" else None
+                _draw(axes, summary[curve], COLOURS[i % len(COLOURS)], name, lines[i % len(lines)], marker)
+    for axes in grid.flat[len(shown) :]:
+        axes.set_visible(False)
+    labels: dict[str, object] = {}
+    for axes in grid.flat:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            labels.setdefault(label, handle)
+    figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=min(4, len(labels)))
+    return figure
+
+
+def main(argv: list[str]) -> int:
+    """`verl-hpt report RUN_DIR… [--out DIR]`: summary.json and report.png into DIR, the table to the terminal."""
+    parser = argparse.ArgumentParser(
+        prog="verl-hpt report",
+        description="Picture, summary and table of one run, or of several side by side, from verl's file logger.",
+    )
+    parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help=f"directory with {METRICS}")
+    parser.add_argument("--out", metavar="DIR", help="where to write (default: the run's directory; several runs: .)")
+    args = parser.parse_args(argv)
+    summaries = dict(zip(names(args.run_dirs), map(summarize, args.run_dirs), strict=True))
+    out = args.out or (args.run_dirs[0] if len(args.run_dirs) == 1 else ".")
+    try:
+        os.makedirs(out, exist_ok=True)
+        with open(os.path.join(out, "summary.json"), "w", encoding="utf-8") as file:
+            json.dump(next(iter(summaries.values())) if len(summaries) == 1 else summaries, file, indent=1)
+            file.write("\n")
+        plot(summaries, os.path.join(out, "report.png"))
+    except OSError as error:
+        raise UserError(f"cannot write the report into {out}: {error}. Choose another place with --out DIR.") from None
+    print(table(summaries))
+    print(f"\n{os.path.join(out, 'report.png')} · {os.path.join(out, 'summary.json')}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        sys.exit(f"error: {error}")
