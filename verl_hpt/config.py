@@ -295,3 +295,8 @@ def _name(kind: Any) -> str:
     if kind is Schedule:
         return "a schedule {start, end, steps, shape: linear | cosine}"
     return plain.get(kind, str(kind))
+
+
+def defaults() -> dict[str, Any]:
+    """Every key with its default, as plain values, for Hydra's ``--config-name hpt_trainer``."""
+    return dataclasses.asdict(Settings())

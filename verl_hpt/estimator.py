@@ -84,9 +84,8 @@ def row_terms(method: Method, tokens: Tokens, is_demo: Tensor) -> RowTerms:
     """
     zero = torch.zeros_like(tokens.log_prob)
     rl, value, keep = evaluate(method.rollouts, tokens) if method.rollouts is not None else (zero, zero, tokens.ones())
-    if method.r_estimator is not None:
-        on_demo = evaluate(method.r_estimator, tokens)
-        rl, value, keep = (torch.where(is_demo, d, r) for d, r in zip(on_demo, (rl, value, keep), strict=True))
+    on_demo = (zero, zero, tokens.ones()) if method.r_estimator is None else evaluate(method.r_estimator, tokens)
+    rl, value, keep = (torch.where(is_demo, d, r) for d, r in zip(on_demo, (rl, value, keep), strict=True))
     demo = coefficient(method.s_estimator, tokens) if method.s_estimator is not None else zero
     return RowTerms(rl, demo, value, demo * tokens.log_prob, keep)
 

@@ -23,7 +23,8 @@ class GateSettings:
     """γ as a share (threshold) or a count of rollouts; off: upper bound of the zone trained off-policy on the demo.
 
     count wins over threshold where it is set. success is the score from which a rollout counts as solved. soft is a
-    table (on, off, sft) by number solved, used by methods whose ``when`` is "soft". function names a gate of the user's.
+    table (on, off, sft) by number solved, used by methods whose ``when`` is "soft". function names a gate
+    of the user's.
     """
 
     threshold: float = 0.0

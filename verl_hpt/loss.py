@@ -9,11 +9,11 @@ with their RL weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from verl.trainer.ppo.core_algos import kl_penalty
 from verl.utils.metric import AggregationType, Metric
 from verl.workers.utils.padding import no_padding_2_padding
 
@@ -23,7 +23,6 @@ from verl_hpt.parts import Constants, Tokens
 ROW_FIELD = "hpt_row"
 # One row of numbers a row of the batch: a field that is missing on one row would vanish for its whole rank.
 ROW_COLUMNS = ("is_demo", "w_rl", "w_demo", "w_entropy", "advantage", "reward", "correct", "other_log_prob")
-NLL_SUMS = ("demo_nll", "demo_tokens")
 # Edges of the histograms from which the driver reads quantiles: probabilities and weights of demonstrations' tokens.
 P_EDGES = tuple(i / 20 for i in range(21))
 W_EDGES = (0.0, *(10 ** (i / 4 - 3) for i in range(20)), float("inf"))
@@ -42,6 +41,7 @@ class LossSpec:
     entropy_coeff: float = 0.0
     kl_coef: float = 0.0
     kl_type: str = "low_var_kl"
+    kl_penalty: Callable | None = None  # verl's, handed in
 
 
 def hpt_loss(model_output, data, dp_group=None, *, spec: LossSpec):
@@ -88,7 +88,7 @@ def hpt_loss(model_output, data, dp_group=None, *, spec: LossSpec):
         loss = loss - spec.entropy_coeff * bonus
         sums["entropy_bonus"] = bonus
     if spec.kl_coef:
-        kl = kl_penalty(log_prob, tokens.ref_log_prob, spec.kl_type)
+        kl = spec.kl_penalty(log_prob, tokens.ref_log_prob, spec.kl_type)
         kl = torch.where(is_demo, torch.zeros_like(kl), w_rl.detach() * kl).sum()
         loss = loss + spec.kl_coef * kl
         sums["kl_loss"] = kl

@@ -1,0 +1,230 @@
+"""``verl-hpt explain CASE.json``: what a method does to a small batch, on paper, with no model.
+
+The case goes through the same plan, normalisation and estimator code that trains, as one optimizer step in float64.
+
+    {"hpt": {"method": "hpt", "normalization": "official", "rl_length_scale": 16, "gate": {"threshold": 0.0}},
+     "questions": [
+       {"uid": "q1", "source": "math",
+        "rollouts": [{"reward": 1, "length": 4, "log_prob": -1.0, "old_log_prob": -1.0, "entropy": 0.0}],
+        "demos": [{"length": 10, "log_prob": -0.5, "reward": 1}]}]}
+
+Every key of ``hpt`` is optional (``rl_length_scale``: the longest row); ``actor`` may hold clip_ratio_low,
+clip_ratio_high and clip_ratio_c. log_prob, old_log_prob, ref_log_prob, entropy and advantage (what a critic would give)
+are a number for every token or a list; old_log_prob is log_prob by default. other_log_prob is one number a demonstration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from verl_hpt import config
+from verl_hpt.errors import UserError
+from verl_hpt.estimator import Method, row_terms
+from verl_hpt.mixing import DEMO, Plan, PlanSettings, Question, plan
+from verl_hpt.parts import Constants, Tokens
+
+ROW_KEYS = {"length", "reward", "log_prob", "old_log_prob", "ref_log_prob", "entropy", "advantage", "other_log_prob"}
+QUESTION_KEYS = {"uid", "source", "rollouts", "demos"}
+ACTOR_KEYS = ("clip_ratio_low", "clip_ratio_high", "clip_ratio_c")
+
+
+def explain(case: Mapping) -> dict:
+    """What the method of the case does to its rows.
+
+    Returns:
+        rows: in input order, a dict a row that trains: uid, kind, index, zone, advantage (null on SFT rows),
+            weight {rl, demo}, coefficient {rl, demo} (a number a token) and gradient, d loss / d log_prob a token;
+        dropped: rows that do not train, and why;
+        loss: rl sums rollout rows, demo sums demonstration rows, whatever the term.
+
+    Raises:
+        UserError: names the place in the case and the choices.
+    """
+    case = _mapping(case, "case", {"hpt", "questions", "actor"})
+    settings = config.load(case.get("hpt"))
+    method = config.resolve_method(settings)
+    actor = _mapping(case.get("actor", {}), "actor", set(ACTOR_KEYS))
+    clip = [_number(actor.get(key, default), f"actor.{key}") for key, default in zip(ACTOR_KEYS, (0.2, 0.2, 3.0))]
+    constants = config.constants(settings, *clip)
+    questions = case.get("questions")
+    if not isinstance(questions, list) or not questions:
+        raise UserError("questions: must be a list with at least one question")
+    default_reward = settings.demo.reward if isinstance(settings.demo.reward, float) else settings.gate.success
+    entries = [_question(q, f"questions[{i}]", method, default_reward) for i, q in enumerate(questions)]
+
+    longest = max((row["length"] for _, rows in entries for row in rows), default=1)
+    result = plan(
+        [question for question, _ in entries],
+        PlanSettings(
+            method=method,
+            normalization=settings.normalization or method.normalization,
+            length_scale=settings.rl_length_scale or longest,
+            demo_coef=settings.demo_coef,
+            gate=settings.gate.at(0),
+            gates={source: own.gate.at(0) for source, own in settings.per_source.items()},
+            questions_per_step=len(entries),
+        ),
+    )
+    return _tell(entries, result, method, constants)
+
+
+def _tell(entries, result: Plan, method: Method, constants: Constants) -> dict:
+    rows, loss = [], {"rl": 0.0, "demo": 0.0}
+    for i in range(len(result)):
+        question, given = entries[result.question[i]]
+        is_demo = bool(result.kind[i] == DEMO)
+        at = len(question.rewards) + result.index[i] if is_demo else result.index[i]
+        tokens = _tokens(given[at], result, i, constants)
+        terms = row_terms(method, tokens, torch.tensor([[is_demo]]))
+        w_rl, w_demo = float(result.w_rl[i]), float(result.w_demo[i])
+        rl, demo = terms.rl * (w_rl != 0), terms.demo * (w_demo != 0)
+        value = -(w_rl * terms.rl_value * (w_rl != 0) + w_demo * terms.demo_value).sum()
+        loss["demo" if is_demo else "rl"] += float(value)
+        estimator = method.r_estimator if is_demo else method.rollouts
+        rows.append(
+            {
+                "uid": question.key,
+                "kind": "demo" if is_demo else "rollout",
+                "index": int(result.index[i]),
+                "zone": result.decisions[result.question[i]].zone,
+                "advantage": _plain(estimator.advantage(tokens)) if w_rl else None,
+                "weight": {"rl": w_rl, "demo": w_demo},
+                "coefficient": {"rl": rl[0].tolist(), "demo": demo[0].tolist()},
+                "gradient": (-(w_rl * rl + w_demo * demo))[0].tolist(),
+            }
+        )
+    dropped = [
+        {
+            "uid": entries[d.question][0].key,
+            "kind": "demo" if d.kind == DEMO else "rollout",
+            "index": d.index,
+            "why": d.why,
+        }
+        for d in result.dropped
+    ]
+    return {"rows": rows, "dropped": dropped, "loss": {**loss, "total": loss["rl"] + loss["demo"]}}
+
+
+def _tokens(row: dict, result: Plan, i: int, constants: Constants) -> Tokens:
+    def column(name: str) -> torch.Tensor | None:
+        return None if row.get(name) is None else torch.tensor([row[name]], dtype=torch.float64)
+
+    advantage = float(result.advantage[i])
+    given = column("advantage")
+    return Tokens(
+        log_prob=column("log_prob"),
+        mask=torch.ones(1, row["length"], dtype=torch.bool),
+        advantage=torch.tensor([[0.0 if math.isnan(advantage) else advantage]], dtype=torch.float64)
+        if given is None
+        else given,
+        reward=torch.tensor([[result.reward[i]]], dtype=torch.float64),
+        correct=torch.tensor([[bool(result.correct[i])]]),
+        old_log_prob=column("old_log_prob"),
+        ref_log_prob=column("ref_log_prob"),
+        entropy=column("entropy"),
+        other_log_prob=None if row["other_log_prob"] is None else torch.tensor([[row["other_log_prob"]]]).double(),
+        constants=constants,
+    )
+
+
+def _question(given, where: str, method: Method, default_reward: float) -> tuple[Question, list[dict]]:
+    given = _mapping(given, where, QUESTION_KEYS)
+    rollouts = [_row(r, f"{where}.rollouts[{i}]", None) for i, r in enumerate(_list(given, "rollouts", where))]
+    demos = [_row(r, f"{where}.demos[{i}]", default_reward) for i, r in enumerate(_list(given, "demos", where))]
+    for kind, rows, estimators in (
+        ("rollouts", rollouts, [method.rollouts]),
+        ("demos", demos, [method.r_estimator, method.s_estimator]),
+    ):
+        needs = frozenset().union(*(e.needs for e in estimators if e is not None))
+        critic = kind == "rollouts" and method.uses_critic
+        for i, row in enumerate(rows):
+            for name in sorted(needs | ({"advantage"} if critic else set())):
+                if row.get(name) is None:
+                    raise UserError(f"{where}.{kind}[{i}].{name}: method {method.name!r} needs it, and it is missing")
+    question = Question(
+        key=str(given.get("uid", where)),
+        rewards=np.array([r["reward"] for r in rollouts], dtype=np.float64),
+        lengths=np.array([r["length"] for r in rollouts], dtype=int),
+        demo_lengths=np.array([r["length"] for r in demos], dtype=int),
+        demo_rewards=np.array([r["reward"] for r in demos], dtype=np.float64),
+        source=str(given.get("source", "")),
+    )
+    return question, rollouts + demos
+
+
+def _row(given, where: str, default_reward: float | None) -> dict:
+    given = _mapping(given, where, ROW_KEYS)
+    for key in ("length", "log_prob") + (("reward",) if default_reward is None else ()):
+        if key not in given:
+            raise UserError(f"{where}.{key}: missing; a row needs length, log_prob and, on rollouts, reward")
+    length = given["length"]
+    if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+        raise UserError(f"{where}.length={length!r}: must be a whole number of tokens, at least 1")
+    row = {"length": length, "reward": _number(given.get("reward", default_reward), f"{where}.reward")}
+    for key in ("log_prob", "old_log_prob", "ref_log_prob", "entropy", "advantage"):
+        value = given.get(key)
+        if value is None:
+            row[key] = None
+        elif isinstance(value, list):
+            if len(value) != length:
+                raise UserError(f"{where}.{key}: {len(value)} numbers for a row of {length} tokens")
+            row[key] = [_number(x, f"{where}.{key}[{t}]") for t, x in enumerate(value)]
+        else:
+            row[key] = [_number(value, f"{where}.{key}")] * length
+    row["old_log_prob"] = row["old_log_prob"] or row["log_prob"]
+    other = given.get("other_log_prob")
+    row["other_log_prob"] = None if other is None else _number(other, f"{where}.other_log_prob")
+    for key in ("log_prob", "old_log_prob", "ref_log_prob"):
+        if row[key] is not None and max(row[key]) > 0:
+            raise UserError(f"{where}.{key}={max(row[key])!r}: a log-probability is at most 0")
+    return row
+
+
+def _mapping(value, where: str, known: set[str]) -> Mapping:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}: must be an object with keys {', '.join(sorted(known))}; got {value!r}")
+    for key in value:
+        if key not in known:
+            raise UserError(f"{where}.{key}: unknown key; one of {', '.join(sorted(known))}")
+    return value
+
+
+def _list(given: Mapping, key: str, where: str) -> list:
+    value = given.get(key, [])
+    if not isinstance(value, list):
+        raise UserError(f"{where}.{key}: must be a list, got {value!r}")
+    return value
+
+
+def _number(value, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise UserError(f"{where}={value!r}: must be a finite number")
+    return float(value)
+
+
+def _plain(advantage: torch.Tensor) -> float | list[float]:
+    """One number where it is the same on every token."""
+    values = advantage.reshape(-1).tolist()
+    return values[0] if len(set(values)) == 1 else values
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="verl-hpt explain", description=__doc__.split("\n\n")[0])
+    parser.add_argument("case", help="CASE.json, or - for standard input")
+    options = parser.parse_args(argv)
+    try:
+        text = Path("/dev/stdin" if options.case == "-" else options.case).read_text(encoding="utf-8")
+        case = json.loads(text)
+    except OSError as error:
+        raise UserError(f"{options.case}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{options.case}: is not JSON ({error})") from error
+    print(json.dumps(explain(case), indent=2))
+    return 0

@@ -1,0 +1,76 @@
+"""Refusals: what would silently become something else is said, all at once, before any model loads. No verl imports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from verl_hpt.config import Settings
+from verl_hpt.errors import UserError
+from verl_hpt.estimator import Method
+
+
+def refuse(config, settings: Settings, method: Method, *, has_reference: bool, has_critic: bool) -> None:
+    """Raise one UserError with every reason why this run would not be what its config says.
+
+    Args:
+        config: verl's whole config. has_reference, has_critic: whether verl will build those workers.
+    """
+    problems = [*_host(config), *_method(config, settings, method, has_reference, has_critic)]
+    if problems:
+        raise UserError("verl-hpt refuses this config:\n  - " + "\n  - ".join(problems))
+
+
+def _host(config) -> Iterable[str]:
+    """Options of verl that contradict mixing at the door of the update."""
+
+    def on(path: str):
+        node = config
+        for key in path.split("."):
+            node = node.get(key) if node is not None else None
+        return node
+
+    if on("algorithm.filter_groups.enable"):
+        yield (
+            "algorithm.filter_groups.enable=True evicts the questions that no rollout solves before the gate sees them; "
+            "set it to False (the gate is what handles them)"
+        )
+    if on("distillation.enabled"):
+        yield "distillation.enabled=True replaces the actor's loss; set it to False"
+    actor = "actor_rollout_ref.actor"
+    if on(f"{actor}.shuffle"):
+        yield f"{actor}.shuffle=True tears questions apart over optimizer steps; set it to False (questions are shuffled)"
+    mode = on(f"{actor}.router_replay.mode")
+    if mode not in (None, "disabled") or on("actor_rollout_ref.rollout.enable_rollout_routing_replay"):
+        yield f"{actor}.router_replay.mode={mode}: demonstrations have no recorded routes; set it to disabled"
+    if on("algorithm.rollout_correction.bypass_mode"):
+        yield "algorithm.rollout_correction.bypass_mode=True brings a loss of its own; set it to False"
+    loss_mode = on(f"{actor}.policy_loss.loss_mode")
+    if loss_mode not in (None, "vanilla"):
+        yield f"{actor}.policy_loss.loss_mode={loss_mode}: the loss is ours; leave it at vanilla and choose hpt.method"
+
+
+def _method(config, settings: Settings, method: Method, has_reference: bool, has_critic: bool) -> Iterable[str]:
+    """Combinations of method and settings that make no sense."""
+    gates = [
+        ("hpt.gate", settings.gate),
+        *((f"hpt.per_source.{s}.gate", o.gate) for s, o in settings.per_source.items()),
+    ]
+    for where, gate in gates:
+        if method.when != "gate" and (gate.threshold != 0.0 or gate.count is not None or gate.function is not None):
+            yield f"{where} is set, but method {method.name} has no gate; drop it, or choose a method with one (hpt, hpt_off_on, hpt_mix_on)"
+    if "ref_log_prob" in method.needs and not has_reference:
+        yield (
+            f"method {method.name} needs reference log-probs on demonstrations; set "
+            "actor_rollout_ref.actor.use_kl_loss=True (kl_loss_coef=0 keeps the rollouts' KL out)"
+        )
+    if method.uses_critic and not has_critic:
+        yield f"method {method.name} needs a critic; set critic.enable=True"
+    if method.uses_critic and method.place == "group":
+        yield f"method {method.name} takes Â from a critic, and a demonstration in the group has no value estimate"
+    if method.s_estimator is not None and "other_log_prob" in method.needs and settings.demo.other_log_prob is None:
+        yield f"method {method.name} needs each demonstration's mean log-prob under other models: name its column in " \
+              "hpt.demo.other_log_prob"  # fmt: skip
+    if method.rollouts is None and config.algorithm.get("use_kl_in_reward"):
+        yield f"method {method.name} trains on demonstrations only, and algorithm.use_kl_in_reward=True has no effect"
+    if config.algorithm.get("use_kl_in_reward") and method.place == "group":
+        yield f"method {method.name}: algorithm.use_kl_in_reward=True lowers rollouts' rewards but not the demonstration's"

@@ -1,0 +1,214 @@
+"""One run: the settings met with verl's config, checked, and turned into what each part of a step needs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+
+from verl_hpt import __version__, advantage, config, guard
+from verl_hpt.errors import UserError
+from verl_hpt.loss import ROW_COLUMNS, ROW_FIELD, LossSpec
+from verl_hpt.mixing import DEMO, Plan, PlanSettings
+from verl_hpt.questions import Reader
+
+logger = logging.getLogger(__name__)
+ROUNDS_WITHOUT_SUCCESS = 20  # steps after which scores that never reach gate.success are warned of
+
+
+class Run:
+    """Built before any model loads; raises UserError for whatever cannot work.
+
+    kl_penalty: verl's function. has_reference, has_critic: whether verl builds those workers.
+    """
+
+    def __init__(self, verl_config, *, verl: str, kl_penalty: Callable, has_reference: bool, has_critic: bool):
+        node = OmegaConf.to_container(verl_config["hpt"], resolve=True) if verl_config.get("hpt") is not None else {}
+        self.verl_config, self.kl_penalty = verl_config, kl_penalty
+        self.settings = config.load(node)
+        self.method = config.resolve_method(self.settings)
+        guard.refuse(verl_config, self.settings, self.method, has_reference=has_reference, has_critic=has_critic)
+        advantage.switch_on(self.method)
+        self.normalization = self.settings.normalization or self.method.normalization
+        self.length_scale = self.settings.rl_length_scale or float(verl_config.data.max_response_length)
+        model, rollout = verl_config.actor_rollout_ref.model, verl_config.actor_rollout_ref.rollout
+        fused = bool(model.get("use_fused_kernels", False))
+        # At T ≠ 1 verl divides logits by the rollouts' temperature; a demonstration's likelihood is at T = 1.
+        self.row_temperature = rollout.temperature != 1.0 and not fused and bool(self.method.demos)
+        self.marked = (ROW_FIELD, *(["temperature"] if self.row_temperature else []))
+        self.best_score, self.rounds = float("-inf"), 0
+        print(self.banner(verl, fused), flush=True)
+
+    # --- before training -----------------------------------------------------------------------------------------
+
+    def banner(self, verl: str, fused: bool) -> str:
+        """What this run does, and what is taken from verl's config, in a few lines."""
+        actor, gate = self.verl_config.actor_rollout_ref.actor, self.settings.gate
+        switch = f"solved ≤ {gate.count}" if gate.count is not None else f"solved ≤ {gate.threshold}·n"
+        if gate.function is not None:
+            switch = gate.function
+        when = {"gate": f"where {switch} (score ≥ {gate.success})", "never": "never"}.get(
+            self.method.when, self.method.when
+        )
+        algorithm = self.verl_config.algorithm
+        lines = [
+            f"verl-hpt {__version__} on verl {verl}: method {self.method.name}, {self.method.formula}",
+            f"  demonstrations: column {self.settings.demo.key!r}, {when}, λ = {self.settings.demo_coef:g}",
+            f"  normalization: {self.normalization} (L = {self.length_scale:g}); actor.loss_agg_mode="
+            f"{actor.get('loss_agg_mode')} and norm_adv_by_std_in_grpo={algorithm.get('norm_adv_by_std_in_grpo')} "
+            "are not read",
+            f"  from verl: clip {actor.clip_ratio_low}/{actor.clip_ratio_high}/c={actor.clip_ratio_c}, entropy_coeff="
+            f"{actor.entropy_coeff}, KL loss {actor.kl_loss_coef if actor.use_kl_loss else 'off'}, "
+            f"{actor.ppo_mini_batch_size} questions an optimizer step, ppo_epochs={actor.ppo_epochs}",
+        ]
+        temperature = self.verl_config.actor_rollout_ref.rollout.temperature
+        if temperature != 1.0 and fused and self.method.demos:
+            lines.append(
+                f"  note: fused kernels take one temperature a batch, so demonstrations are scored at T = {temperature}"
+            )
+        if self.method.name == "gspo" and actor.clip_ratio_high > 0.01:
+            lines.append("  note: GSPO's paper clips at 3e-4/4e-4; set actor.clip_ratio_low/high")
+        for label, text in (("unverified", self.method.unverified), ("approximate", self.method.approximate)):
+            if text:
+                lines.append(f"  {label}: {text}")
+        return "\n".join(lines)
+
+    def check_columns(self, dataset) -> None:
+        """Every column that the settings name is in the training data."""
+        columns = getattr(getattr(dataset, "dataframe", None), "column_names", None)
+        if columns is None:
+            return  # a dataset class of the user's own: its rows are checked when they come
+        for key, column in self._named_columns().items():
+            if column not in columns:
+                raise UserError(f"{key}={column!r}: the training data has no such column; it has {', '.join(columns)}")
+
+    def meet(self, tokenizer) -> None:
+        """Once the tokenizer is there: the end token and the reader of demonstrations."""
+        demo = self.settings.demo
+        self.eos = demo.eos if demo.eos is not None else tokenizer.eos_token_id
+        if self.eos is None:
+            raise UserError("the tokenizer has no EOS token; set hpt.demo.eos to the id that ends an answer")
+        data = self.verl_config.data
+        self.reader = Reader(
+            tokenizer,
+            self.eos,
+            demo,
+            int(data.max_response_length),
+            self.settings.seed,
+            data.get("apply_chat_template_kwargs") or {},
+        )
+
+    def check_eos(self, stop_ids: set[int]) -> None:
+        """Demonstrations must end with a token at which the model's own rollouts stop."""
+        if stop_ids and self.eos not in stop_ids:
+            raise UserError(
+                f"demonstrations would end with token {self.eos}, but generation stops at {sorted(stop_ids)}; set "
+                "hpt.demo.eos to one of these"
+            )
+
+    # --- every step ----------------------------------------------------------------------------------------------
+
+    def plan_settings(self, step: int, ranks: int) -> PlanSettings:
+        actor = self.verl_config.actor_rollout_ref.actor
+        return PlanSettings(
+            method=self.method,
+            normalization=self.normalization,
+            length_scale=self.length_scale,
+            demo_coef=self.settings.demo_coef,
+            gate=self.settings.gate.at(step),
+            gates={source: own.gate.at(step) for source, own in self.settings.per_source.items()},
+            questions_per_step=actor.ppo_mini_batch_size,
+            ranks=ranks,
+            rows_multiple=1 if actor.use_dynamic_bsz else actor.ppo_micro_batch_size_per_gpu,
+            seed=self.settings.seed + step,
+        )
+
+    def question_fields(self) -> list[str]:
+        """Columns read once a question."""
+        names = ["prompts", "data_source", "extra_info", "raw_prompt", "multi_modal_inputs"]
+        return list(dict.fromkeys([*names, *self._named_columns().values()]))
+
+    def loss_spec(self) -> LossSpec:
+        actor = self.verl_config.actor_rollout_ref.actor
+        fields = ["response_mask", "old_log_probs", ROW_FIELD]
+        kl_coef = float(actor.kl_loss_coef) if actor.use_kl_loss and self.method.rollouts is not None else 0.0
+        if self.method.uses_critic:
+            fields.append("advantages")
+        if kl_coef or "ref_log_prob" in self.method.needs:
+            fields.append("ref_log_prob")
+        if OmegaConf.select(self.verl_config, "algorithm.rollout_correction.rollout_is") and self.method.rollouts:
+            fields.append("rollout_is_weights")
+        return LossSpec(
+            method=self.method,
+            constants=config.constants(
+                self.settings, actor.clip_ratio_low, actor.clip_ratio_high, float(actor.clip_ratio_c)
+            ),
+            fields=tuple(fields),
+            entropy_coeff=float(actor.entropy_coeff) if self.method.rollouts is not None else 0.0,
+            kl_coef=kl_coef,
+            kl_type=actor.kl_loss_type,
+            kl_penalty=self.kl_penalty,
+        )
+
+    def update_settings(self, plan: Plan) -> dict:
+        """verl cuts an update into ppo_mini_batch_size · rollout.n rows; make that the plan's rows a step."""
+        actor = "actor_rollout_ref.actor"
+        changes = {f"{actor}.ppo_mini_batch_size": plan.rows_per_step, "actor_rollout_ref.rollout.n": 1}
+        if "entropy" in self.method.needs:
+            changes[f"{actor}.calculate_entropy"] = True
+        return changes
+
+    def log_prob_multiple(self, ranks: int) -> int:
+        """Rows of a log-prob pass are a multiple of this."""
+        rollout = self.verl_config.actor_rollout_ref.rollout
+        return ranks * (1 if rollout.log_prob_use_dynamic_bsz else rollout.log_prob_micro_batch_size_per_gpu)
+
+    def marks(self, plan: Plan, layout: np.ndarray, other: np.ndarray) -> dict[str, torch.Tensor]:
+        """Our columns for the rows of a layout: the row's numbers and, where rows differ in it, the temperature.
+
+        other: (rows of the plan,) mean log-prob under other models, 0 where there is none.
+        """
+        is_demo = (plan.kind == DEMO).astype(np.float64)
+        columns = {
+            "is_demo": is_demo,
+            "w_rl": plan.w_rl,
+            "w_demo": plan.w_demo,
+            "w_entropy": plan.w_entropy,
+            "advantage": np.nan_to_num(plan.advantage),
+            "reward": plan.reward,
+            "correct": plan.correct,
+            "other_log_prob": other,
+        }
+        table = np.stack([np.append(columns[name], 0.0) for name in ROW_COLUMNS], axis=1)  # last: padding
+        table[-1, 0] = 1.0  # padding counts as a demonstration of no token, so that nothing RL touches it
+        rows = torch.tensor(table[layout], dtype=torch.float32)
+        marks = {ROW_FIELD: torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)} if len(rows) else {}
+        if self.row_temperature and len(rows):
+            of_rollouts = float(self.verl_config.actor_rollout_ref.rollout.temperature)
+            marks["temperature"] = torch.where(rows[:, 0] > 0, 1.0, of_rollouts)
+        return marks
+
+    def watch_success(self, scores: np.ndarray) -> None:
+        """Warn once when no score ever reaches gate.success: the gate would imitate for ever."""
+        self.rounds += 1
+        self.best_score = max(self.best_score, float(scores.max())) if len(scores) else self.best_score
+        if self.rounds == ROUNDS_WITHOUT_SUCCESS and self.best_score < self.settings.gate.success:
+            logger.warning(
+                "no rollout's score has reached hpt.gate.success=%g in %d steps; the largest was %g. If your reward "
+                "counts success on another scale, set hpt.gate.success",
+                self.settings.gate.success, self.rounds, self.best_score,
+            )  # fmt: skip
+
+    def _named_columns(self) -> dict[str, str]:
+        demo, named = self.settings.demo, {}
+        if self.method.demos:
+            named["hpt.demo.key"] = demo.key
+            for name in ("reward", "log_likelihood", "other_log_prob"):
+                if isinstance(getattr(demo, name), str):
+                    named[f"hpt.demo.{name}"] = getattr(demo, name)
+        if self.settings.question_key is not None:
+            named["hpt.question_key"] = self.settings.question_key
+        return named

@@ -1,0 +1,315 @@
+"""Demonstrations join the update at its door: verl runs every stage on all rollouts, untouched, up to ``_update_actor``.
+
+There the gate decides, the plan is made, demonstration and padding rows are written beside the rollouts, verl's own
+update runs on the planned rows, what was written is cleared, and verl goes on with its own batch. So its metrics,
+critic, rollout correction, dumps and clean-up never meet a demonstration. The only file that imports ``verl.trainer.*``
+or ``transfer_queue``.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import transfer_queue as tq
+from omegaconf import OmegaConf, open_dict
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.core_algos import kl_penalty
+from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.utils.transferqueue_utils import kv_batch_meta2batch_meta
+
+from verl_hpt import demos, host
+from verl_hpt.errors import UserError
+from verl_hpt.loss import hpt_loss
+from verl_hpt.metrics import of_plan, of_update
+from verl_hpt.mixing import DEMO, PADDING, Plan, Question, plan
+from verl_hpt.questions import Group, group_rows, identity, questions_of, row_sums
+from verl_hpt.run import Run
+
+# What the engine reads of a row, beside the loss's own fields.
+ENGINE_FIELDS = ("prompts", "responses", "input_ids", "position_ids", "response_mask", "loss_mask")
+PADDING_PROMPT = 1  # tokens of a padding row's prompt; verl wants one at least. Its response has one more.
+
+
+@dataclass
+class Step:
+    """What one update is made of. demos: (questions, usable ones), tokens and columns of each."""
+
+    groups: list[Group]
+    questions: list[Question]
+    demos: list[list[tuple[demos.EncodedDemo, dict]]]
+    counts: Counter
+    successes: list[float]
+    plan: Plan
+
+    def other_log_probs(self) -> np.ndarray:
+        """Mean log-prob of each row of the plan under other models; 0 where there is none. -> (rows,)"""
+        other = np.zeros(len(self.plan))
+        for row in np.flatnonzero(self.plan.kind == DEMO):
+            _, columns = self.demos[self.plan.question[row]][self.plan.index[row]]
+            other[row] = columns.get("other_log_prob", 0.0)
+        return other
+
+
+class RowTemperature(dict):
+    """Batch-wide values without a temperature: the engine then takes each row's own from the column.
+
+    verl writes the rollouts' temperature here before each pass, and it would win over the column.
+    """
+
+    def update(self, *args, **kwargs):
+        super().update({key: value for key, value in dict(*args, **kwargs).items() if key != "temperature"})
+
+
+@contextmanager
+def settings_for_now(config, changes: dict):
+    """verl's config with other values, by dotted path, for the length of a call."""
+    kept = {path: OmegaConf.select(config, path) for path in changes}
+    try:
+        with open_dict(config):
+            for path, value in changes.items():
+                OmegaConf.update(config, path, value)
+        yield
+    finally:
+        with open_dict(config):
+            for path, value in kept.items():
+                OmegaConf.update(config, path, value)
+
+
+def own_row(step: Step, row: int, eos: int) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+    """Prompt, answer and mask of a row that is ours: a demonstration, or two tokens that carry nothing."""
+    if row == PADDING:
+        return [eos] * PADDING_PROMPT, [eos], [0]
+    question = step.plan.question[row]
+    encoded, _ = step.demos[question][step.plan.index[row]]
+    return step.groups[question].prompt, encoded.ids, encoded.mask
+
+
+def token_fields(rows, dtypes: dict[str, torch.dtype]) -> dict[str, torch.Tensor]:
+    """Columns of the rows that are ours, jagged, each in the dtype that the rollouts' column has.
+
+    What the loss reads beside tokens has no meaning on a demonstration: log-probs and advantages are 0, rollout
+    correction's weights 1.
+    """
+    answers = [torch.tensor(answer) for _, answer, _ in rows]
+    masks = [torch.tensor(mask) for _, _, mask in rows]
+    prompts = [torch.as_tensor(np.asarray(prompt)) for prompt, _, _ in rows]
+    whole = [torch.cat([p, a]) for p, a in zip(prompts, answers, strict=True)]
+    columns = {
+        "prompts": prompts,
+        "responses": answers,
+        "input_ids": whole,
+        "position_ids": [torch.arange(len(ids)) for ids in whole],
+        "response_mask": masks,
+        "loss_mask": masks,
+    }
+    for name in dtypes:
+        if name not in columns:
+            blank = torch.ones_like if name == "rollout_is_weights" else torch.zeros_like
+            columns[name] = [blank(answer) for answer in answers]
+    return {
+        name: torch.nested.as_nested_tensor([x.to(dtypes[name]) for x in column], layout=torch.jagged)
+        for name, column in columns.items()
+    }
+
+
+def hybrid(base):
+    """Our trainer over any of verl's: the same class with the door of the update opened."""
+
+    class Hybrid(base):
+        """The only changes to the base trainer: the actor's loss, and which rows the actor update sees."""
+
+        def __init__(self, config):
+            has = {"has_reference": need_reference_policy(config), "has_critic": need_critic(config)}
+            self.hpt = Run(config, verl=host.check(), kl_penalty=kl_penalty, **has)
+            super().__init__(config=config)
+
+        def _init_dataloader(self):
+            super()._init_dataloader()
+            self.hpt.check_columns(self.train_dataset)
+
+        def on_init_end(self):
+            super().on_init_end()
+            self.hpt.meet(self.tokenizer)
+            self.actor_rollout_wg.set_loss_fn(partial(hpt_loss, spec=self.hpt.loss_spec()))
+
+        def _compute_advantage(self, batch, metrics):
+            own = {"algorithm.adv_estimator": "gae"} if self.hpt.method.uses_critic else {}
+            with settings_for_now(self.config, own):
+                return super()._compute_advantage(batch, metrics)
+
+        def _update_actor(self, batch, metrics):
+            step = self._plan_step(batch)
+            metrics.update(of_plan(step.plan, step.questions, step.successes, step.counts))
+            written = []
+            try:
+                mixed = self._write(batch, step, written)
+                with settings_for_now(self.config, self.hpt.update_settings(step.plan)):
+                    super()._update_actor(mixed, metrics)
+            finally:
+                if written:
+                    tq.kv_clear(keys=written, partition_id=batch.partition_id)
+            of_update(metrics)
+            return batch
+
+        # --- one step ----------------------------------------------------------------------------------------------
+
+        def _plan_step(self, batch) -> Step:
+            """Read what the gate needs, decide, plan."""
+            groups = group_rows(batch.keys, [bool(tag.get("is_padding", False)) for tag in batch.tags])
+            settings = self.hpt.plan_settings(self.global_steps, self._ranks())
+            scores, returns, lengths = self._read_rows(batch, groups)
+            self._read_questions(batch, groups)
+            questions, read, counts = questions_of(
+                groups, scores, returns, lengths, self.hpt.reader, settings, self.global_steps
+            )
+            self.hpt.watch_success(scores[[row for group in groups for row in group.rows]])
+            successes = [settings.gate_of(question.source).success for question in questions]
+            return Step(groups, questions, read, counts, successes, plan(questions, settings))
+
+        def _read_rows(self, batch, groups):
+            """Score, return and counted tokens of each row; 0 where the row is verl's padding."""
+            rows = np.array([row for group in groups for row in group.rows], dtype=int)
+            in_reward = self.config.algorithm.use_kl_in_reward
+            names = ["rm_scores", "loss_mask", *(["token_level_rewards"] if in_reward else [])]
+            data = tq.kv_batch_get([batch.keys[row] for row in rows], batch.partition_id, select_fields=names)
+
+            def sums(name):
+                jagged, whole = data[name], np.zeros(len(batch.keys))
+                whole[rows] = row_sums(jagged.values().numpy(), jagged.offsets().numpy())
+                return whole
+
+            scores = sums("rm_scores")
+            return scores, sums("token_level_rewards") if in_reward else scores, sums("loss_mask")
+
+        def _read_questions(self, batch, groups) -> None:
+            """Prompt, identity and dataset columns of each group, from its first rollout."""
+            if not groups:
+                return
+            leaders = [batch.keys[group.rows[0]] for group in groups]
+            meta = KVBatchMeta(partition_id=batch.partition_id, keys=leaders, tags=[{} for _ in leaders])
+            there = set(kv_batch_meta2batch_meta(meta).field_names)
+            names = [name for name in self.hpt.question_fields() if name in there]
+            data = tq.kv_batch_get(leaders, batch.partition_id, select_fields=names)
+            prompts = [prompt.numpy() for prompt in data["prompts"].unbind()]
+            columns = {name: list(data[name]) for name in names if name != "prompts"}
+            for i, group in enumerate(groups):
+                group.prompt = prompts[i]
+                group.columns = {name: values[i] for name, values in columns.items()}
+                group.source = str(demos.plain(group.columns.get("data_source")) or "")
+                key = self.hpt.settings.question_key
+                group.key = (
+                    identity(group.source, group.prompt) if key is None else str(demos.plain(group.columns[key]))
+                )
+                if demos.plain(group.columns.get("multi_modal_inputs")):
+                    raise UserError(f"{group.named()}: multi-modal prompts are not supported yet")
+
+        def _write(self, batch, step: Step, written: list[str]):
+            """Write the planned rows beside the rollouts; the batch that the update shall see.
+
+            written: gains the keys of the rows that are ours, to be cleared whatever happens.
+            """
+            plan, partition = step.plan, batch.partition_id
+            ours = (plan.layout == PADDING) | (np.append(plan.kind, DEMO)[plan.layout] == DEMO)
+            mark = uuid.uuid4().hex
+            keys = [
+                f"hpt{mark}_{place}_0" if ours[place] else batch.keys[step.groups[q].rows[i]]
+                for place, (q, i) in enumerate(
+                    zip(np.append(plan.question, 0)[plan.layout], np.append(plan.index, 0)[plan.layout], strict=True)
+                )
+            ]
+            fields = self._fields()
+            self._put(keys, ~ours, partition, self.hpt.marks(plan, plan.layout[~ours], step.other_log_probs()))
+            if ours.any():
+                real = next(key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding"))
+                like = tq.kv_batch_get([real], partition, select_fields=[f for f in fields if f not in self.hpt.marked])
+                if like["position_ids"].dim() != 2:
+                    raise UserError("multi-modal position ids are not supported yet: they have several axes a row")
+                written.extend(key for key, own in zip(keys, ours, strict=True) if own)
+                rows = [own_row(step, row, self.hpt.eos) for row in plan.layout[ours]]
+                own = token_fields(rows, {name: like[name].dtype for name in like.keys()})
+                self._put(keys, ours, partition, own | self.hpt.marks(plan, plan.layout[ours], step.other_log_probs()))
+                self._log_probs_of_demos(written, plan.layout[ours] != PADDING, partition)
+            mixed = KVBatchMeta(
+                partition_id=partition,
+                keys=keys,
+                tags=[{} for _ in keys],
+                fields=fields,
+                extra_info=self._extra_info(batch.extra_info),
+            )
+            there = set(kv_batch_meta2batch_meta(mixed).field_names)
+            if lacking := [name for name in mixed.fields if name not in there]:
+                raise RuntimeError(
+                    f"the update's rows lack the field(s) {', '.join(lacking)} in TransferQueue; a field written in "
+                    "another dtype than the rollouts' vanishes. Please report this with the run's config"
+                )
+            return mixed
+
+        def _fields(self) -> list[str]:
+            """The one explicit list of what goes to the update."""
+            return list(dict.fromkeys([*ENGINE_FIELDS, *self.hpt.loss_spec().fields, *self.hpt.marked]))
+
+        def _put(self, keys, where, partition, columns: dict) -> None:
+            chosen = [key for key, here in zip(keys, where, strict=True) if here]
+            if chosen:
+                tags = [{"status": "success"} for _ in chosen] if "input_ids" in columns else None
+                tq.kv_batch_put(chosen, partition, fields=TensorDict(columns, batch_size=len(chosen)), tags=tags)
+
+        def _extra_info(self, given=None) -> dict:
+            return RowTemperature(given or {}) if self.hpt.row_temperature else dict(given or {})
+
+        def _log_probs_of_demos(self, keys: list[str], is_demo, partition) -> None:
+            """verl's own passes on demonstrations, where the method needs them; their metrics are thrown away."""
+            needs = self.hpt.method.needs_of_demos & {"old_log_prob", "ref_log_prob"}
+            chosen = [key for key, demo in zip(keys, is_demo, strict=True) if demo]
+            if not needs or not chosen:
+                return
+            filling = self._filling_rows(-len(chosen) % self.hpt.log_prob_multiple(self._ranks()), chosen[0], partition)
+            names = [*ENGINE_FIELDS, *(["temperature"] if self.hpt.row_temperature else [])]
+            try:
+                for need in sorted(needs):
+                    batch = KVBatchMeta(
+                        partition_id=partition,
+                        keys=chosen + filling,
+                        tags=[{} for _ in chosen + filling],
+                        fields=list(names),
+                        extra_info=self._extra_info(),
+                    )
+                    compute = self._compute_old_log_prob if need == "old_log_prob" else self._compute_ref_log_prob
+                    compute(batch, {})
+            finally:
+                if filling:
+                    tq.kv_clear(keys=filling, partition_id=partition)
+
+        def _filling_rows(self, count: int, like: str, partition) -> list[str]:
+            """Copies of one row, so that a pass divides by ranks and micro-batches. Returns their keys."""
+            if count == 0:
+                return []
+            row = tq.kv_batch_get([like], partition)
+            keys = [f"hpt{uuid.uuid4().hex}_0_0" for _ in range(count)]
+            copies = {
+                name: torch.nested.as_nested_tensor([row[name][0]] * count, layout=torch.jagged)
+                if row[name].is_nested
+                else row[name].expand(count, *row[name].shape[1:]).clone()
+                for name in row.keys()
+                if isinstance(row[name], torch.Tensor)
+            }
+            tq.kv_batch_put(keys, partition, fields=TensorDict(copies, batch_size=count), tags=[{} for _ in keys])
+            return keys
+
+        def _ranks(self) -> int:
+            """Data-parallel ranks of the actor."""
+            group = self.actor_rollout_wg
+            if "actor" not in group._dispatch_info:
+                group._dispatch_info["actor"] = group._query_dispatch_info("actor")
+            return max(group._dispatch_info["actor"]) + 1
+
+    Hybrid.__name__ = Hybrid.__qualname__ = f"Hybrid{base.__name__}"
+    return Hybrid
