@@ -10,6 +10,7 @@ Used by the trainer on the driver and by `verl-hpt data check`, so that the chec
 
 import hashlib
 import itertools
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -217,9 +218,14 @@ def think_warnings(text: str, think_tail: str | None) -> tuple[str, ...]:
     return ("think_unclosed",) if think_tail is not None and "</think>" not in text else ()
 
 
-def _tokens(text: str, tokenizer: Any, max_length: int | None) -> list[int]:
+def bound_characters(text: str, max_length: int | None) -> None:
+    """Raise `Unusable` for a text that no vocabulary could bring under the limit, without tokenising it."""
     if max_length is not None and len(text) > max_length * _CHARACTERS_A_TOKEN:
         raise Unusable("too_long", f"{len(text)} characters, limit {max_length} tokens")
+
+
+def _tokens(text: str, tokenizer: Any, max_length: int | None) -> list[int]:
+    bound_characters(text, max_length)
     return tokenizer.encode(text, add_special_tokens=False) if text else []
 
 
@@ -233,7 +239,7 @@ def _encode_turns(demo, tokenizer, eos_id, max_length, prompt_messages, template
     if prompt_messages is None:
         prompt_messages = [{"role": "user", "content": ""}]
     eos = tokenizer.convert_ids_to_tokens(int(eos_id))
-    turns = [{**m, "content": m.get("content") or ""} for m in demo]
+    turns = [_for_template(m) for m in demo]
     for message in turns:
         message_text(message)
 
@@ -269,6 +275,26 @@ def _encode_turns(demo, tokenizer, eos_id, max_length, prompt_messages, template
     if len(ids) == sum(1 for t in turns if t.get("role") == "assistant"):
         raise Unusable("empty")
     return EncodedDemo(ids, mask)
+
+
+def _for_template(message: dict) -> dict:
+    """The message as templates want it: content never None, a tool call's arguments as a dict (stored as JSON text)."""
+    message = {**message, "content": message.get("content") or ""}
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise Unusable("not_text", "a tool call needs a function with a name")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except ValueError:
+                raise Unusable("not_text", f"a tool call's arguments are no JSON: {arguments[:60]!r}") from None
+        calls.append({**call, "type": "function", "function": {**function, "arguments": arguments}})
+    return {**message, "tool_calls": calls}
 
 
 def _kinds(value: Any) -> str:

@@ -1,0 +1,64 @@
+"""The run's reward function, called as verl calls it, by `verl-hpt data check`."""
+
+import asyncio
+import importlib.util
+import inspect
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from verl_hpt.errors import UserError
+
+Grade = Callable[[str, str, Any, dict], tuple[float | None, str, bool]]
+
+
+def load_reward(given: str | None, kwargs: dict) -> Grade | None:
+    """A function (source, text, truth, extra_info) → (score or None, problem, grading failed); None for `none`."""
+    if given == "none":
+        return None
+    if given is None or given == "shipped":
+        from verl_hpt.reward import compute_score as function
+
+        kwargs = {"workers": max(2, os.cpu_count() or 2), **kwargs}
+    else:
+        path, _, name = given.partition(":") if not Path(given).is_file() else (given, "", "")
+        function = _function(path, name or "compute_score")
+
+    def grade(source: str, text: str, truth: Any, info: dict) -> tuple[float | None, str, bool]:
+        try:
+            call = {"data_source": source, "solution_str": text, "ground_truth": truth, "extra_info": info, **kwargs}
+            value = function(**call)
+            if inspect.isawaitable(value):
+                value = asyncio.run(_awaited(value))
+            failed = bool(value.get("grading_failed")) if isinstance(value, dict) else False
+            score = float(value["score"] if isinstance(value, dict) else value)
+        except Exception as error:  # the user's own code: its words, not ours
+            return None, f"{type(error).__name__}: {str(error)[:200]}", False
+        return (score, "", failed) if math.isfinite(score) else (None, f"the reward is {score}", False)
+
+    return grade
+
+
+async def _awaited(value):
+    return await value
+
+
+def _function(path: str, name: str):
+    if not Path(path).is_file():
+        raise UserError(f"--reward {path}: no such file; give PATH.py or PATH.py:FUNCTION, or `none`")
+    spec = importlib.util.spec_from_file_location("verl_hpt_checked_reward", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--reward {path}: is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the user's own code
+        raise UserError(f"--reward {path}: importing it fails: {type(error).__name__}: {error}") from None
+    if not callable(getattr(module, name, None)):
+        there = ", ".join(n for n, v in vars(module).items() if inspect.isfunction(v)) or "none"
+        raise UserError(f"--reward {path}: has no function {name}; it has: {there}")
+    return getattr(module, name)

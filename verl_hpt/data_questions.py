@@ -1,0 +1,133 @@
+"""What is wrong with rows as questions: not verl's form, asked twice, asked in validation too."""
+
+import itertools
+from typing import Any
+
+from verl_hpt import demos as D
+from verl_hpt.data_read import BadRow, read_rows
+from verl_hpt.data_result import Result
+from verl_hpt.data_rows import Layout, detect, question_text
+
+
+def form_problem(row: dict, prompt_key: str) -> tuple[str, str] | None:
+    """(field, problem) of a row that is not what verl's dataset and reward loop read."""
+    prompt = D.plain(row.get(prompt_key))
+    if not isinstance(prompt, list) or not prompt:
+        got = "nothing" if not prompt else type(prompt).__name__
+        return prompt_key, f"must be a list of chat messages, got {got}"
+    for i, message in enumerate(prompt):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            return f"{prompt_key}[{i}].role", "every message needs a role"
+        content = message.get("content")
+        if not isinstance(content, str):
+            return f"{prompt_key}[{i}].content", f"must be text, got {type(content).__name__}"
+        if problem := _not_encodable(content):
+            return f"{prompt_key}[{i}].content", problem
+    if prompt[-1]["role"] == "assistant":
+        return prompt_key, "ends with the assistant's message, before which the rollout should start"
+    if not any(m["content"].strip() for m in prompt if m["role"] != "system"):
+        return prompt_key, "asks nothing: no text but the system's"
+    if not isinstance(row.get("data_source"), str) or not row["data_source"]:
+        return "data_source", f"must be text, got {type(row.get('data_source')).__name__}"
+    reward_model = row.get("reward_model")
+    if not isinstance(reward_model, dict):
+        return "reward_model", f"must hold style and ground_truth, got {type(reward_model).__name__}"
+    truth = D.plain(reward_model.get("ground_truth"))
+    if truth is None or truth != truth or (isinstance(truth, str | list) and not truth):
+        return "reward_model.ground_truth", f"the expected answer is missing, got {truth!r}"
+    if isinstance(truth, str) and (problem := _not_encodable(truth)):
+        return "reward_model.ground_truth", problem
+    info = row.get("extra_info")
+    if info is not None and not isinstance(info, dict):
+        return "extra_info", f"must be a struct, got {type(info).__name__}"
+    return None
+
+
+def _not_encodable(text: str) -> str | None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"character {error.start} is half of a surrogate pair"
+    return None
+
+
+class Questions:
+    """The questions of the checked file, by their text without what all prompts of a file begin and end with.
+
+    A file whose prompts all end in "put your answer in a box" asks the same as one whose prompts do not.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[int, tuple[int, str]] = {}  # hash of the text → (row, expected answer)
+        self.frame: tuple[str, str] | None = None
+
+    def check(self, result: Result, batch: list[tuple[int, dict]]) -> None:
+        """Count the batch's duplicates, and duplicates that expect another answer."""
+        texts = [question_text(row["prompt"]) for _, row in batch]
+        if self.frame is None:
+            self.frame = shared_frame(texts)
+        for (number, row), text in zip(batch, texts, strict=True):
+            key = D.stable_hash(unframed(text, self.frame))
+            truth = str(D.plain(row["reward_model"].get("ground_truth"))).strip()
+            first, expected = self.known.setdefault(key, (number, truth))
+            if first == number:
+                continue
+            detail = f"same question as row {first}"
+            message = "questions that stand in the file more than once"
+            result.found("duplicate", message, number, "prompt", detail, harmful=False)
+            if truth != expected:
+                detail = f"expects {truth[:60]!r}, row {first} expects {expected[:60]!r}"
+                message = "the same question with another expected answer"
+                result.found("contradiction", message, number, "reward_model.ground_truth", detail)
+
+    def check_leak(self, result: Result, path: str, prompt_key: str) -> None:
+        """Count questions of a validation file that are in the checked file too, whatever the form of either."""
+        layout, frame = None, None
+        rows = read_rows(path)
+        while batch := list(itertools.islice(rows, 1000)):
+            if layout is None:
+                number, row = batch[0]
+                chat = isinstance(D.plain(row.get(prompt_key)), list)
+                layout = Layout("luffy", prompt_key, None, None) if chat else detect(path, row)
+            texts = []
+            for number, row in batch:
+                prompt = D.plain(row.get(layout.prompt))
+                if not isinstance(prompt, str | list) or not prompt:
+                    raise BadRow(path, number, str(layout.prompt), f"must hold a question, got {prompt!r}"[:200])
+                if layout.format == "messages":
+                    prompt = prompt[: 1 + max((i for i, m in enumerate(prompt) if asks(m)), default=-1)]
+                texts.append(question_text(prompt))
+            frame = frame or shared_frame(texts)
+            for (number, _), text in zip(batch, texts, strict=True):
+                known = self.known.get(D.stable_hash(unframed(text, frame)))
+                if known is not None:
+                    message = "questions of validation are in training"
+                    result.found("leak", message, known[0], "prompt", f"is row {number} of {path}")
+
+
+def asks(message: Any) -> bool:
+    """Whether a chat message is the user's, in either of the two common spellings."""
+    return isinstance(message, dict) and (message.get("role") == "user" or message.get("from") == "human")
+
+
+def shared_frame(texts: list[str]) -> tuple[str, str]:
+    """What all of the texts begin and end with, cut at spaces; nothing where there are too few to tell."""
+    different = sorted(set(texts))
+    if len(different) < 5:
+        return "", ""
+    start, end = _common(different), _common(sorted(t[::-1] for t in different))[::-1]
+    start, end = start[: start.rfind(" ") + 1], end[end.find(" ") :] if " " in end else ""
+    shortest = min(map(len, different))
+    return (start, end) if len(start) + len(end) < shortest else ("", "")
+
+
+def _common(ordered: list[str]) -> str:
+    """What all of some sorted texts begin with: the first and the last differ most."""
+    first, last = ordered[0], ordered[-1]
+    return first[: next((i for i, c in enumerate(first) if last[i : i + 1] != c), len(first))]
+
+
+def unframed(text: str, frame: tuple[str, str]) -> str:
+    """The text without the frame, where it has it."""
+    text = text.removeprefix(frame[0]) if frame[0] else text
+    return text.removesuffix(frame[1]) if frame[1] else text

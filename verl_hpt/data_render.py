@@ -1,0 +1,98 @@
+"""Prompts and demonstrations as the run's tokenizer sees them, many at a time."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from verl_hpt import demos as D
+from verl_hpt.errors import UserError
+
+
+class Renderer:
+    """The run's tokenizer: prompts, and demonstrations many at a time."""
+
+    def __init__(self, path: str, *, eos: str | None = None, max_length: int | None = None, kwargs: dict | None = None):
+        if not Path(path).exists() and ("/" not in path or path.startswith((".", "/"))):
+            raise UserError(f"--tokenizer {path}: no such folder or file")
+        from transformers import AutoTokenizer
+
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+        except Exception as error:  # whatever transformers raises for a folder that holds no tokenizer
+            raise UserError(f"--tokenizer {path}: cannot be loaded: {str(error).splitlines()[0][:300]}") from None
+        self.kwargs = kwargs or {}
+        self.max_length = max_length
+        self.eos_id = self._eos(eos, path)
+        self.ends = D.eos_texts(self.tokenizer, self.eos_id)
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            backend.no_truncation()
+            backend.no_padding()
+        self._backend = backend
+
+    def _eos(self, given: str | None, path: str) -> int:
+        tokenizer = self.tokenizer
+        if given is None:
+            eos = tokenizer.eos_token_id
+        else:
+            eos = int(given) if given.lstrip("-").isdigit() else tokenizer.convert_tokens_to_ids(given)
+            if eos is None or eos == tokenizer.unk_token_id or not 0 <= eos < len(tokenizer):
+                raise UserError(f"--eos {given}: the tokenizer at {path} has no such token")
+        if eos is None:
+            raise UserError(f"the tokenizer at {path} has no EOS token: demonstrations cannot end; set --eos")
+        return int(eos)
+
+    def stops(self) -> set[int] | None:
+        """The model's stop ids where a generation_config.json lies beside the tokenizer, else None."""
+        path = Path(getattr(self.tokenizer, "name_or_path", "")) / "generation_config.json"
+        if not path.is_file():
+            return None
+        eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        return set(eos) if isinstance(eos, list) else {eos} if eos is not None else None
+
+    def prompt(self, messages: list[dict]) -> str:
+        """The text that a rollout starts from; raises `Unusable` where the template refuses the messages."""
+        try:
+            kwargs = {**self.kwargs, "tokenize": False, "add_generation_prompt": True}
+            return self.tokenizer.apply_chat_template(messages, **kwargs)
+        except Exception as error:  # templates raise whatever they like
+            raise D.Unusable("template", f"{type(error).__name__}: {str(error)[:200]}") from None
+
+    def tokens(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of many texts, as `tokenizer.encode(text, add_special_tokens=False)` gives them one by one."""
+        if self._backend is None:
+            return [self.tokenizer.encode(t, add_special_tokens=False) for t in texts]
+        return [e.ids for e in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def texts(self, ids: list[list[int]]) -> list[str]:
+        """What verl's reward loop sees of each response."""
+        if self._backend is None:
+            return [self.tokenizer.decode(i, skip_special_tokens=True) for i in ids]
+        return self._backend.decode_batch(ids, skip_special_tokens=True)
+
+    def special(self, text: str) -> bool:
+        """Whether special tokens stand in the text: verl's reward loop does not see those."""
+        return any(token in text for token in self.tokenizer.all_special_tokens)
+
+    def beside(self, row: int, prompt: str, encoded: D.EncodedDemo) -> dict:
+        """One demonstration beside the prompt that its rollouts start from, token for token."""
+        ids = self.tokenizer.encode(prompt, add_special_tokens=False)
+        return {
+            "row": row,
+            "prompt_ids": ids,
+            "prompt_tokens": self._spelled(ids),
+            "ids": encoded.ids,
+            "tokens": self._spelled(encoded.ids),
+            "trained": encoded.mask,
+            "eos": self.eos_id,
+            "eos_count": sum(i == self.eos_id and m == 1 for i, m in zip(encoded.ids, encoded.mask, strict=True)),
+        }
+
+    def _spelled(self, ids: Sequence[int]) -> list[str]:
+        return [self.tokenizer.decode([i], skip_special_tokens=False) for i in ids]
+
+
+def difference(a: str, b: str) -> str:
+    """Where two texts part, with a few characters of both."""
+    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return f"at character {at}: {a[at : at + 20]!r} comes back as {b[at : at + 20]!r}"
