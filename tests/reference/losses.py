@@ -327,7 +327,7 @@ def superrl(q: Question, s: Settings, step: list[Question]) -> list[Term]:
 
 
 def rl_plus(q: Question, s: Settings, step: list[Question]) -> list[Term]:
-    """Multiple importance sampling and exploration advantage (2508.00222; published rlplus_core_alg.py:144-170)."""
+    """Multiple importance sampling and exploration advantage (2508.00222; published rlplus_core_alg.py:136-167)."""
     rows = q.rollouts + q.demos
     terms = []
     for r, a in zip(rows, group_advantages(rows, False), strict=True):
