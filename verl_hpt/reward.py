@@ -31,7 +31,9 @@ TIMEOUT = 10.0  # seconds a call of the symbolic grader may take
 WORKERS = 2  # grader processes; verl runs eight reward workers, each with its own
 MEMORY_MB = 2048  # address space of a grader process
 _START_TIMEOUT = 120.0  # seconds to import SymPy on a busy machine
-_LONGEST = 200_000  # characters of a solution that are graded, counted from its end
+_TAIL = 4000  # characters of a solution that the symbolic grader looks at, at its end or before its last box
+_BOX_SEARCH = 50_000  # characters at a solution's end where a box is looked for
+_BOX_TRIES = 20  # boxes without an end that are passed over: a text of nothing else must not cost its length squared
 
 _NUMBER = re.compile(r"^\\?\$?\s?(-?\s?\$?[\d,]*\.?\d+)\.?0*\s*(?:\\?[%A-Za-z°].*)?$")
 _CHOICE = re.compile(r"^\(?([A-Z])\)?(?:[.:)\s].*)?$", re.DOTALL)
@@ -53,9 +55,10 @@ def _truths(ground_truth) -> list[str]:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Content of the last `\boxed{…}` (or `\fbox{…}`) whose braces close, else None."""
+    r"""Content of the last `\boxed{…}` (or `\fbox{…}`) whose braces close, else None; looked for near the end."""
+    text = text[-_BOX_SEARCH:]
     end = len(text)
-    while True:
+    for _ in range(_BOX_TRIES):
         start = max(text.rfind("\\boxed{", 0, end), text.rfind("\\fbox{", 0, end))
         if start < 0:
             return None
@@ -68,6 +71,7 @@ def last_boxed(text: str) -> str | None:
                 if depth == 0:
                     return text[first + 1 : i]
         end = start
+    return None
 
 
 def unboxed(text: str) -> str:
@@ -135,13 +139,15 @@ def math_verify(
     `timeout` is in seconds a call, not counting the wait for a free process; `memory_mb` bounds a process's address
     space.
     """
-    solution, truths = _text(solution_str)[-_LONGEST:], _truths(ground_truth)
+    solution, truths = _text(solution_str), _truths(ground_truth)
     boxed = last_boxed(solution)
     if boxed is not None and unboxed(boxed) in truths:
         return _verdict(True)  # the same text needs no algebra; math-verify cannot parse every answer there is
     if not solution.strip():
         return _verdict(False)
-    failed = False
+    end = len(solution) if boxed is None else min(len(solution), solution.rindex(boxed) + len(boxed) + _TAIL // 10)
+    # The answer stands at the end; a whole chain of thought takes long to search and has numbers that are not it.
+    solution, failed = solution[max(0, end - max(_TAIL, len(boxed or "") + _TAIL // 5)) : end], False
     for truth in truths:
         reply = pool(workers, memory_mb).grade(solution, truth, timeout)
         if reply["score"] > 0:
