@@ -10,7 +10,8 @@ The case goes through the same plan, normalisation and estimator code that train
 
 Every key of ``hpt`` is optional (``rl_length_scale``: the longest row); ``actor`` may hold clip_ratio_low,
 clip_ratio_high and clip_ratio_c. log_prob, old_log_prob, ref_log_prob, entropy and advantage (what a critic would give)
-are a number for every token or a list; old_log_prob is log_prob by default. other_log_prob is one number a demonstration.
+are a number for every token or a list; old_log_prob is log_prob by default. other_log_prob is one number a
+demonstration.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ def explain(case: Mapping) -> dict:
     settings = config.load(case.get("hpt"))
     method = config.resolve_method(settings)
     actor = _mapping(case.get("actor", {}), "actor", set(ACTOR_KEYS))
-    clip = [_number(actor.get(key, default), f"actor.{key}") for key, default in zip(ACTOR_KEYS, (0.2, 0.2, 3.0))]
+    clip = [
+        _number(actor.get(key, default), f"actor.{key}")
+        for key, default in zip(ACTOR_KEYS, (0.2, 0.2, 3.0), strict=True)
+    ]
     constants = config.constants(settings, *clip)
     questions = case.get("questions")
     if not isinstance(questions, list) or not questions:
@@ -81,7 +85,7 @@ def _tell(entries, result: Plan, method: Method, constants: Constants) -> dict:
         question, given = entries[result.question[i]]
         is_demo = bool(result.kind[i] == DEMO)
         at = len(question.rewards) + result.index[i] if is_demo else result.index[i]
-        tokens = _tokens(given[at], result, i, constants)
+        tokens = _tokens(given[at], result, i, method, constants)
         terms = row_terms(method, tokens, torch.tensor([[is_demo]]))
         w_rl, w_demo = float(result.w_rl[i]), float(result.w_demo[i])
         rl, demo = terms.rl * (w_rl != 0), terms.demo * (w_demo != 0)
@@ -112,12 +116,12 @@ def _tell(entries, result: Plan, method: Method, constants: Constants) -> dict:
     return {"rows": rows, "dropped": dropped, "loss": {**loss, "total": loss["rl"] + loss["demo"]}}
 
 
-def _tokens(row: dict, result: Plan, i: int, constants: Constants) -> Tokens:
+def _tokens(row: dict, result: Plan, i: int, method: Method, constants: Constants) -> Tokens:
     def column(name: str) -> torch.Tensor | None:
         return None if row.get(name) is None else torch.tensor([row[name]], dtype=torch.float64)
 
     advantage = float(result.advantage[i])
-    given = column("advantage")
+    given = column("advantage") if method.uses_critic else None
     return Tokens(
         log_prob=column("log_prob"),
         mask=torch.ones(1, row["length"], dtype=torch.bool),
@@ -129,7 +133,9 @@ def _tokens(row: dict, result: Plan, i: int, constants: Constants) -> Tokens:
         old_log_prob=column("old_log_prob"),
         ref_log_prob=column("ref_log_prob"),
         entropy=column("entropy"),
-        other_log_prob=None if row["other_log_prob"] is None else torch.tensor([[row["other_log_prob"]]]).double(),
+        other_log_prob=None
+        if row["other_log_prob"] is None
+        else torch.tensor([[row["other_log_prob"]]], dtype=torch.float64),
         constants=constants,
     )
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 EPSILON = 1e-9
 
-# Coefficients (on, off, sft) by number solved of 8, the demonstration itself counted (published code of HPT).
+# Coefficients (on, off, sft) by number solved of 8, the demonstration itself counted as one of them (HPT's published
+# code, mix_trainer.py, soft_type 0). That code stores them and never reads them: what each multiplies is inferred.
 SOFT_TABLE = (
     (1, 1, 1), (0, 0, 1), (0.125, 0.5, 0.5), (0.25, 1, 0.25), (0.5, 0.5, 0.125), (1, 0.25, 0), (1, 0.125, 0), (1, 0, 0),
     (1, 0, 0),
@@ -89,16 +90,17 @@ def decide(solved: int, n: int, settings: GateSettings) -> Decision:
 
 
 def decide_soft(solved: int, n: int, demo_correct: bool, settings: GateSettings) -> Decision:
-    """Shares of rollouts and demonstration by number solved, the demonstration counted as the published code does.
+    """Shares of rollouts and demonstration by number solved.
 
-    A table of m + 1 rows stands for groups of m; other group sizes are scaled to it, rounded down. The published table
-    has 9 rows, for n = 8.
+    A table of the user's has rows for 0 … m solved; groups of other sizes are scaled to it, rounded to the nearest. The
+    published table counts a correct demonstration as one of its 8: entry 0 is never reached with one.
     """
     table = settings.soft or SOFT_TABLE
-    last = len(table) - 1
-    counted = solved + int(demo_correct)
-    at = counted if n == last else int(counted * last / n + EPSILON)
-    on, off, sft = table[min(at, last)]
+    last, counted = len(table) - 1, 0
+    if settings.soft is None and demo_correct:
+        last, counted = last - 1, 1
+    at = counted + int(last * solved / max(n, 1) + 0.5)
+    on, off, sft = table[min(at, len(table) - 1)]
     return Decision("soft", float(on), float(off), float(sft))
 
 

@@ -31,14 +31,14 @@ def _host(config) -> Iterable[str]:
 
     if on("algorithm.filter_groups.enable"):
         yield (
-            "algorithm.filter_groups.enable=True evicts the questions that no rollout solves before the gate sees them; "
-            "set it to False (the gate is what handles them)"
+            "algorithm.filter_groups.enable=True evicts the questions that no rollout solves before the gate sees "
+            "them; set it to False (the gate is what handles them)"
         )
     if on("distillation.enabled"):
         yield "distillation.enabled=True replaces the actor's loss; set it to False"
     actor = "actor_rollout_ref.actor"
     if on(f"{actor}.shuffle"):
-        yield f"{actor}.shuffle=True tears questions apart over optimizer steps; set it to False (questions are shuffled)"
+        yield f"{actor}.shuffle=True tears questions apart over optimizer steps; set it to False (ours shuffles questions)"
     mode = on(f"{actor}.router_replay.mode")
     if mode not in (None, "disabled") or on("actor_rollout_ref.rollout.enable_rollout_routing_replay"):
         yield f"{actor}.router_replay.mode={mode}: demonstrations have no recorded routes; set it to disabled"

@@ -25,7 +25,14 @@ ROW_FIELD = "hpt_row"
 ROW_COLUMNS = ("is_demo", "w_rl", "w_demo", "w_entropy", "advantage", "reward", "correct", "other_log_prob")
 # Edges of the histograms from which the driver reads quantiles: probabilities and weights of demonstrations' tokens.
 P_EDGES = tuple(i / 20 for i in range(21))
-W_EDGES = (0.0, *(10 ** (i / 4 - 3) for i in range(20)), float("inf"))
+W_EDGES = (
+    0.0,
+    *(10 ** (i / 4 - 3) for i in range(12)),
+    0.999,
+    1.001,
+    *(10 ** (i / 4) for i in range(1, 8)),
+    float("inf"),
+)
 
 
 @dataclass(frozen=True)

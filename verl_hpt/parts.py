@@ -34,8 +34,8 @@ class Constants:
     shaping: float = 0.1  # γ₀ of f(p) = p/(p + γ₀) (LUFFY, arXiv 2504.14945, section 3.3)
     entropy_weight: float = 0.5  # SRFT's weight of its SFT term (arXiv 2506.19767, eq. 6–7)
     positive_weight: float = 0.1  # SRFT's weight of correct rollouts (eq. 8–9)
-    kl: float = 0.05  # ASFT's λ_kl (arXiv 2509.23753; 0.03–0.1)
-    max_weight: float = 10.0  # cap of ASFT's log-prob form, unbounded as p → 0
+    kl: float = 0.1  # ASFT's λ_kl (arXiv 2509.23753; its code's default, 0.03 for bf16)
+    max_ratio: float = 100.0  # cap of π_ref/p in ASFT's log-prob form, unbounded as p → 0
     otr_beta: float = 0.0  # OTR's reward of a sampled token that is not the label (arXiv 2509.26313)
     psft_clip: float = 0.28  # ε of PSFT (arXiv 2508.17784)
     trust: float = 0.1  # α of TrSFT (arXiv 2512.17636)
@@ -215,8 +215,8 @@ def center(rewards: np.ndarray) -> np.ndarray:
 
 
 def standardize(rewards: np.ndarray) -> np.ndarray:
-    """(R − mean)/(std + 1e-6) with the sample standard deviation. A lone row keeps its reward, as in verl."""
-    return center(rewards) / (rewards.std(ddof=1) + 1e-6) if len(rewards) > 1 else rewards.copy()
+    """(R − mean)/(std + 1e-6) with the sample standard deviation; a lone row has mean 0 and std 1, as in verl."""
+    return center(rewards) / ((rewards.std(ddof=1) if len(rewards) > 1 else 1.0) + 1e-6)
 
 
 def leave_one_out(rewards: np.ndarray) -> np.ndarray:
@@ -327,15 +327,15 @@ def expected_match(tokens: Tokens):
 
 @part("likelihood", needs=("ref_log_prob",))
 def anchored(tokens: Tokens):
-    """p + λ_kl(π_ref/p − 1), over π_ref = 1: DFT with the k3 estimate of KL(ref‖θ) (ASFT, arXiv 2509.23753).
+    """p + λ_kl(π_ref/p − 1), over π_ref = π_θ: DFT with the k3 estimate of KL(ref‖θ) (ASFT, arXiv 2509.23753).
 
-    Approximation: the exact form needs the logits of both models. The log-prob form grows without bound as p → 0 and is
-    capped at ``hpt.options.max_weight`` (as a weight of ∇ log π); where the cap is not reached it equals the exact
-    gradient in expectation over tokens drawn from π_θ, not over the demonstration's tokens.
+    Approximation: the exact form needs the logits of both models. The log-prob form grows without bound as p → 0, so
+    π_ref/p is capped at ``hpt.options.max_ratio``; where the cap is not reached its KL has the exact gradient in
+    expectation over tokens drawn from π_θ, not over the demonstration's tokens.
     """
     c, p = tokens.constants, tokens.log_prob.exp()
-    weight = p + c.kl * ((tokens.ref_log_prob - tokens.log_prob).exp() - 1)
-    weight = weight.clamp(max=c.max_weight) / p
+    ratio = (tokens.ref_log_prob - tokens.log_prob).exp().clamp(max=c.max_ratio)
+    weight = p + c.kl * (ratio - 1)
     return weight, weight
 
 

@@ -4,7 +4,8 @@ A run directory holds `metrics.jsonl`, verl's logger `file` (`trainer.logger=[co
 environment's `VERL_FILE_LOGGER_PATH`). Every number here is taken from there unchanged, or is a mean that the table
 names. Several runs stand side by side: that is the comparison of methods, as fair as their settings were.
 
-Left out: anything that needs the model; smoothing of the numbers (the picture draws the raw points, pale, under a mean).
+Left out: anything that needs the model; smoothing of the numbers (the picture draws the raw points, pale, under their
+running mean).
 """
 
 import argparse
@@ -41,16 +42,16 @@ _VALIDATION = re.compile(r"^val-core/(?P<source>.+)/(?P<kind>acc|reward|score)/m
 def read(path: str) -> list[tuple[int, dict]]:
     """`(step, metrics)` of every complete line of verl's file logger, in order of steps.
 
-    A last line without its newline is being written, or was cut off when the run was killed: it is left out. Errors: any
-    other line that is not `{"step": …, "data": {…}}` is named by file and number.
+    A last line without its newline is being written, or was cut off when the run was killed: it is left out. Errors:
+    any other line that is not `{"step": …, "data": {…}}` is named by file and number.
     """
     try:
         with open(path, encoding="utf-8") as file:
             lines = file.read().split("\n")[:-1]
     except FileNotFoundError:
         raise UserError(
-            f"{path} does not exist. `verl-hpt report` reads verl's file logger: run with trainer.logger=[console,file] "
-            f"and VERL_FILE_LOGGER_PATH=RUN_DIR/{METRICS}."
+            f"{path} does not exist. `verl-hpt report` reads verl's file logger: run with "
+            f"trainer.logger=[console,file] and VERL_FILE_LOGGER_PATH=RUN_DIR/{METRICS}."
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
@@ -192,10 +193,7 @@ def plot(summaries: dict[str, dict], path: str) -> None:
         "legend.frameon": False,
     }
     with plt.rc_context(style):
-        if len(summaries) == 1:
-            figure = _plot_one(plt, *next(iter(summaries.items())))
-        else:
-            figure = _plot_many(plt, summaries)
+        figure = _plot_one(plt, *next(iter(summaries.items()))) if len(summaries) == 1 else _plot_many(plt, summaries)
         figure.savefig(path, dpi=150)
         plt.close(figure)
 

