@@ -51,13 +51,14 @@ def _host(config) -> Iterable[str]:
 
 def _method(config, settings: Settings, method: Method, has_reference: bool, has_critic: bool) -> Iterable[str]:
     """Combinations of method and settings that make no sense."""
-    gates = [
-        ("hpt.gate", settings.gate),
-        *((f"hpt.per_source.{s}.gate", o.gate) for s, o in settings.per_source.items()),
-    ]
-    for where, gate in gates:
-        if method.when != "gate" and (gate.threshold != 0.0 or gate.count is not None or gate.function is not None):
-            yield f"{where} is set, but method {method.name} has no gate; drop it, or choose a method with one (hpt, hpt_off_on, hpt_mix_on)"
+    gates = {"hpt.gate": settings.gate} | {f"hpt.per_source.{s}.gate": o.gate for s, o in settings.per_source.items()}
+    for where, gate in gates.items():
+        switched = gate.threshold != 0.0 or gate.count is not None or gate.function is not None
+        if switched and method.when != "gate":
+            yield (
+                f"{where} is set, but method {method.name} has no gate; drop it, or choose a method with one (hpt, "
+                "hpt_off_on, hpt_mix_on)"
+            )
     if "ref_log_prob" in method.needs and not has_reference:
         yield (
             f"method {method.name} needs reference log-probs on demonstrations; set "
@@ -67,10 +68,16 @@ def _method(config, settings: Settings, method: Method, has_reference: bool, has
         yield f"method {method.name} needs a critic; set critic.enable=True"
     if method.uses_critic and method.place == "group":
         yield f"method {method.name} takes Â from a critic, and a demonstration in the group has no value estimate"
-    if method.s_estimator is not None and "other_log_prob" in method.needs and settings.demo.other_log_prob is None:
-        yield f"method {method.name} needs each demonstration's mean log-prob under other models: name its column in " \
-              "hpt.demo.other_log_prob"  # fmt: skip
-    if method.rollouts is None and config.algorithm.get("use_kl_in_reward"):
-        yield f"method {method.name} trains on demonstrations only, and algorithm.use_kl_in_reward=True has no effect"
-    if config.algorithm.get("use_kl_in_reward") and method.place == "group":
-        yield f"method {method.name}: algorithm.use_kl_in_reward=True lowers rollouts' rewards but not the demonstration's"
+    if "other_log_prob" in method.needs and settings.demo.other_log_prob is None:
+        yield (
+            f"method {method.name} needs each demonstration's mean log-prob under other models; name its column in "
+            "hpt.demo.other_log_prob"
+        )
+    if config.algorithm.get("use_kl_in_reward"):
+        if method.rollouts is None:
+            yield f"method {method.name} trains on demonstrations only: algorithm.use_kl_in_reward=True has no effect"
+        elif method.place == "group":
+            yield (
+                f"method {method.name} compares rollouts with demonstrations, and algorithm.use_kl_in_reward=True lowers "
+                "the rollouts' rewards alone"
+            )

@@ -1,4 +1,4 @@
-"""What we lean on in verl: each private or unpromised name once, with why. ``verl-hpt doctor`` and the trainer check it.
+"""What we lean on in verl: each private or unpromised name once, with why; the trainer and ``doctor`` check it.
 
 A name here may change with any release of verl; that is why the supported range is narrow. Public extension points
 (register_adv_est, set_loss_fn, PlatformRegistry, on_init_end) are listed too, so that one look tells what to test

@@ -1,8 +1,9 @@
 """Loaded by verl in every process (entry-point group ``verl.plugins``). Registers hooks and imports nothing else.
 
 verl imports this module while it is itself half initialised, never calls it, and swallows its errors at DEBUG. So it
-imports the standard library and wrapt only; all that can fail happens later, in the trainer's construction, where it is
-seen. A stock run is untouched: the hooks add one advantage estimator, and a look-up that gives it the class it always got.
+imports the standard library and wrapt only; all that can fail happens later, in the trainer's construction, where it
+is seen. A stock run is untouched: the hooks add one advantage estimator, and a look-up that gives it the class it
+always got.
 """
 
 import os
@@ -53,7 +54,7 @@ if os.environ.get("VERL_PLATFORM") == "cpu":
 
 @wrapt.when_imported("hydra.core.config_store")
 def _offer_config(config_store):
-    """``--config-name hpt_trainer``: verl's own ppo_trainer with adv_estimator=hpt and every ``hpt`` key spelled out."""
+    """``--config-name hpt_trainer``: verl's ppo_trainer with adv_estimator=hpt and every ``hpt`` key spelled out."""
     from verl_hpt.config import defaults
 
     node = {"defaults": ["ppo_trainer", "_self_"], "algorithm": {"adv_estimator": "hpt"}, "hpt": defaults()}
