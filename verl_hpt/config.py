@@ -85,6 +85,29 @@ class Demo:
 
 
 @dataclass(frozen=True)
+class EarlyGate:
+    """Questions of which no rollout was solved in ``after_failures`` draws in a row get ``rollouts`` rollouts."""
+
+    after_failures: int
+    rollouts: int = 1
+
+
+@dataclass(frozen=True)
+class History:
+    """What follows from a question's history.
+
+    retire_after: uses after which a demonstration is retired (its question keeps its rollouts); cooldown: steps that a
+    question's demonstrations rest after a use; early_gate: fewer rollouts where all failed so often; on_missing: what
+    to do when a run is resumed from a checkpoint without a history although a setting depends on it.
+    """
+
+    retire_after: int | None = None
+    cooldown: int = 0
+    early_gate: EarlyGate | None = None
+    on_missing: Literal["error", "empty"] = "error"
+
+
+@dataclass(frozen=True)
 class SourceSettings:
     """What may differ for one data source."""
 
@@ -121,6 +144,7 @@ class Settings:
     gate: Gate = field(default_factory=Gate)
     per_source: dict[str, SourceSettings] = field(default_factory=dict)
     demo: Demo = field(default_factory=Demo)
+    history: History = field(default_factory=History)
     seed: int = 0
 
 
@@ -225,6 +249,13 @@ def _check(settings: Settings) -> None:
             need(all(x is None or math.isfinite(x) for x in numbers), f"{where}.{name}", value, "finite")
         need(math.isfinite(gate.success), f"{where}.success", gate.success, "finite")
     need(settings.demo.per_question >= 1, "demo.per_question", settings.demo.per_question, "at least 1")
+    history, early = settings.history, settings.history.early_gate
+    need(history.retire_after is None or history.retire_after >= 1, "history.retire_after", history.retire_after,
+         "null or at least 1")  # fmt: skip
+    need(history.cooldown >= 0, "history.cooldown", history.cooldown, "at least 0 (steps)")
+    if early is not None:
+        need(early.after_failures >= 1, "history.early_gate.after_failures", early.after_failures, "at least 1")
+        need(early.rollouts >= 1, "history.early_gate.rollouts", early.rollouts, "at least 1")
 
 
 def _build(kind: Any, value: Any, path: str) -> Any:

@@ -221,7 +221,9 @@ class History:
         self._link(draw.prompts[order], rows)
         place = np.arange(len(keys))
         nth = place - np.maximum.accumulate(np.where(first, place, 0))
-        for turn in range(int(nth.max()) + 1 if len(nth) else 0):  # a question twice in a batch: one draw, then the other
+        for turn in range(
+            int(nth.max()) + 1 if len(nth) else 0
+        ):  # a question twice in a batch: one draw, then the other
             here = nth == turn
             self._draw_once(step, rows[here], order[here], draw)
 
@@ -291,9 +293,7 @@ class History:
         if which not in LISTINGS:
             raise UserError(f"{which!r}: choose one of {', '.join(LISTINGS)}")
         here = np.flatnonzero(_is(self.column("flags"), which))
-        return {"key": self._index.keys[here]} | {
-            name: self.column(name)[here] for name in COLUMNS if name != "flags"
-        }
+        return {"key": self._index.keys[here]} | {name: self.column(name)[here] for name in COLUMNS if name != "flags"}
 
     def keys_of_prompts(self, prompts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which prompts are known, and their questions' keys. (prompts,) -> (prompts,) bool, (prompts,) uint64"""

@@ -1,0 +1,178 @@
+"""What the history decides: which demonstrations rest or are retired, and how many rollouts a question is worth.
+
+Settings in ``hpt.history``; the numbers themselves in ``verl_hpt.history``. No verl imports.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from verl_hpt import demos, history
+from verl_hpt.config import Settings
+from verl_hpt.errors import UserError
+from verl_hpt.history import FILE, Draw, History
+from verl_hpt.mixing import DEMO, Plan, Question
+
+logger = logging.getLogger(__name__)
+SPARED = "hpt_spared"  # column of a drawn question: rollouts that the early gate did not sample
+
+
+@dataclass(frozen=True)
+class Past:
+    """What is known of a question before a step. uses: draws at which it trained on demonstrations; cooling: these rest
+    at this step; demo_uses: uses of each demonstration by place; retire_after: uses after which one is retired."""
+
+    uses: int = 0
+    cooling: bool = False
+    demo_uses: Sequence[int] = ()
+    retire_after: int | None = None
+
+    def used(self, place: int) -> int:
+        return self.demo_uses[place] if place < len(self.demo_uses) else 0
+
+    def retired(self, place: int) -> bool:
+        return self.retire_after is not None and self.used(place) >= self.retire_after
+
+
+UNKNOWN = Past()
+
+
+class Lifecycle:
+    """The history of a run, and the rules of ``hpt.history``."""
+
+    def __init__(self, settings: Settings, rollouts: int):
+        self.settings, self.rollouts, self.history = settings, rollouts, History()
+        gate = settings.history.early_gate
+        if gate is not None and gate.rollouts >= rollouts:
+            raise UserError(
+                f"hpt.history.early_gate.rollouts={gate.rollouts} spares nothing: actor_rollout_ref.rollout.n is {rollouts}"
+            )
+
+    @property
+    def matters(self) -> list[str]:
+        """Settings whose effect depends on the history."""
+        own, select = self.settings.history, self.settings.demo.select
+        named = {
+            "hpt.history.retire_after": own.retire_after,
+            "hpt.history.cooldown": own.cooldown,
+            "hpt.history.early_gate": own.early_gate,
+            f"hpt.demo.select={select}": select in ("round_robin", "unseen_first"),
+        }
+        return [name for name, on in named.items() if on]
+
+    def spared(self, sources: Sequence, prompts: Sequence, rollouts: Sequence[int] | None = None) -> list[int] | None:
+        """How many of its rollouts the early gate spares each question that is about to be sampled; None without it.
+
+        Args:
+            sources, prompts: data source and chat messages of each. rollouts: of each, where they differ.
+        """
+        gate = self.settings.history.early_gate
+        if gate is None:
+            return None
+        numbers = [
+            history.prompt_number(str(source or ""), messages)
+            for source, messages in zip(demos.plain(sources), demos.plain(prompts), strict=True)
+        ]
+        (failures,) = self.history.look_up_prompts(np.array(numbers, dtype=np.uint64), "failures")
+        full = np.full(len(numbers), self.rollouts) if rollouts is None else np.array(rollouts)
+        return np.where(failures >= gate.after_failures, np.maximum(full - gate.rollouts, 0), 0).tolist()
+
+    def past(self, groups: Sequence, step: int) -> list[Past]:
+        """What is known of a batch's questions before this step; (groups,)"""
+        keys = history.numbers([group.key for group in groups])
+        uses, taught_at = self.history.look_up(keys, "uses", "taught_at")
+        rests = (taught_at > 0) & (step - taught_at <= self.settings.history.cooldown)
+        counts = [len(demos.demonstrations(group.columns.get(self.settings.demo.key))) for group in groups]
+        single = self.history.demo_uses(keys, np.array(counts, dtype=int)) if max(counts, default=0) > 1 else []
+        return [
+            Past(
+                uses=int(uses[i]),
+                cooling=bool(rests[i]),
+                demo_uses=single[i] if counts[i] > 1 else [int(uses[i])],
+                retire_after=self.settings.history.retire_after,
+            )
+            for i in range(len(groups))
+        ]
+
+    def remember(
+        self,
+        step: int,
+        groups: Sequence,
+        questions: Sequence[Question],
+        read: Sequence[Sequence[tuple]],
+        plan: Plan,
+        successes: Sequence[float],
+        counts: Counter,
+    ) -> dict[str, float]:
+        """Take in what a step did; the metrics ``hpt/history/*``.
+
+        Args:
+            read: (questions, demonstrations) tokens and columns of each demonstration, as the plan's rows index them.
+            successes: (questions,) score from which rollouts count as solved.
+        """
+        solved = [int((q.rewards >= success).sum()) for q, success in zip(questions, successes, strict=True)]
+        taught = np.zeros(len(questions), dtype=bool)
+        taught[plan.question[plan.kind == DEMO]] = True
+        keys = history.numbers([group.key for group in groups])
+        prompts = [
+            history.prompt_number(group.source, messages) if (messages := _messages(group)) is not None else 0
+            for group in groups
+        ]
+        draw = Draw(
+            keys=keys,
+            prompts=np.array(prompts, dtype=np.uint64),
+            solved=np.array(solved, dtype=int),
+            rollouts=np.array([len(q.rewards) for q in questions], dtype=int),
+            taught=taught,
+            on_rl=np.array([decision.on > 0 for decision in plan.decisions], dtype=bool),
+        )
+        self.history.observe(step, draw)
+        several = [len(demos.demonstrations(group.columns.get(self.settings.demo.key))) > 1 for group in groups]
+        rows = [row for row in np.flatnonzero(plan.kind == DEMO) if several[plan.question[row]]]
+        places = [read[plan.question[row]][plan.index[row]][1]["place"] for row in rows]
+        self.history.observe_demos(keys[plan.question[rows]], np.array(places, dtype=int))
+
+        spared = np.array([int(demos.plain(group.columns.get(SPARED)) or 0) for group in groups], dtype=int)
+        lengths = np.array([question.lengths.mean() if len(question.lengths) else 0.0 for question in questions])
+        saved = float(np.dot(spared, lengths))  # a rollout more of a question is taken to be as long as those it has
+        self.history.tokens_saved += saved
+        return {
+            **{f"hpt/history/{name}": float(n) for name, n in self.history.totals().items()},
+            "hpt/history/retired": float(counts["history/retired"]),
+            "hpt/history/cooling": float(counts["history/cooling"]),
+            "hpt/history/early_gated": float((spared > 0).sum()),
+            "hpt/history/tokens_saved": saved,
+            "hpt/history/tokens_saved_total": self.history.tokens_saved,
+        }
+
+    def save(self, folder: str) -> None:
+        """Write the history into a checkpoint's folder."""
+        self.history.save(os.path.join(folder, FILE))
+
+    def load(self, folder: str) -> None:
+        """Take the history from a checkpoint's folder.
+
+        Raises:
+            UserError: it has none although settings depend on it, or it cannot be read.
+        """
+        path = os.path.join(folder, FILE)
+        if os.path.exists(path):
+            self.history = History.read(path)
+            return
+        text = f"the checkpoint has no history of its questions ({path} does not exist)"
+        if self.matters and self.settings.history.on_missing == "error":
+            raise UserError(
+                f"{text}, and {', '.join(self.matters)} would act as if no question had been drawn before. Resume from a "
+                "checkpoint that has it, or set hpt.history.on_missing=empty"
+            )
+        logger.warning("%s; it starts empty", text)
+
+
+def _messages(group) -> list | None:
+    return demos.plain(group.columns.get("raw_prompt"))
