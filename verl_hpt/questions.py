@@ -14,6 +14,7 @@ import numpy as np
 from verl_hpt import demos, mixing
 from verl_hpt.config import Demo
 from verl_hpt.errors import UserError
+from verl_hpt.lifecycle import UNKNOWN, Past
 from verl_hpt.mixing import PlanSettings, Question
 
 logger = logging.getLogger(__name__)
@@ -84,18 +85,27 @@ class Reader:
         self.max_length, self.seed, self.template_kwargs = max_length, seed, dict(template_kwargs or {})
         self.warned: set[str] = set()
 
-    def read(self, group: Group, draw: int, success: float, counts: Counter) -> list[tuple[demos.EncodedDemo, dict]]:
+    def read(
+        self, group: Group, draw: int, success: float, counts: Counter, past: Past = UNKNOWN
+    ) -> list[tuple[demos.EncodedDemo, dict]]:
         """The question's demonstrations for this draw, each with its reward and other columns.
 
-        counts: gains ``unusable`` and ``unusable/<reason>``, one a question without any usable demonstration.
+        counts: gains ``unusable`` and ``unusable/<reason>``, one a question without any usable demonstration;
+            ``history/cooling`` or ``history/retired`` for one whose demonstrations rest or are all retired.
 
         Raises:
             UserError: ``hpt.demo.on_unusable=error`` and there is none: names the question and why.
         """
         settings, why = self.settings, None
         raw = demos.demonstrations(group.columns.get(settings.key))
-        usable = []
+        usable, retired = [], False
+        if raw and past.cooling:
+            counts["history/cooling"] += 1
+            return []
         for place, demo in enumerate(raw):
+            if past.retired(place):
+                retired = True
+                continue
             try:
                 encoded = demos.encode(
                     demo,
@@ -109,6 +119,9 @@ class Reader:
                 usable.append((encoded, self._columns(group, place, len(raw), success)))
             except demos.Unusable as error:
                 why = why or error
+        if not usable and retired:
+            counts["history/retired"] += 1
+            return []
         if not usable:
             self._tell(group, why or demos.Unusable("null"), counts)
             return []
@@ -117,10 +130,11 @@ class Reader:
             settings.select,
             settings.per_question,
             seed=self.seed,
-            draw=draw,
+            draw=past.uses if settings.select == "round_robin" else draw,
             question_key=group.key,
             lengths=[len(encoded.ids) for encoded, _ in usable],
             log_likelihoods=[columns.get("log_likelihood") for _, columns in usable],
+            seen={i: past.used(columns["place"]) for i, (_, columns) in enumerate(usable)},
         )
         return [usable[i] for i in chosen]
 
@@ -161,6 +175,7 @@ def questions_of(
     reader: Reader,
     settings: PlanSettings,
     draw: int,
+    past: Sequence[Past] | None = None,
 ) -> tuple[list[Question], list[list[tuple[demos.EncodedDemo, dict]]], Counter]:
     """The plan's questions, and their demonstrations' tokens.
 
@@ -168,12 +183,13 @@ def questions_of(
 
     Args:
         scores, returns, lengths: (rows of the batch,) verifier's score, what Â is made of, tokens that count.
+        draw: the step. past: what is known of each group's question from earlier steps.
 
     Raises:
         UserError: a score or return that is not finite; names the question.
     """
     questions, read, counts = [], [], Counter()
-    for group in groups:
+    for number, group in enumerate(groups):
         rows = group.rows
         for name, values in (("reward", scores), ("return", returns)):
             if not np.isfinite(values[rows]).all():
@@ -193,7 +209,8 @@ def questions_of(
         decision = mixing.decide(question, settings)  # as if it had a demonstration
         found = []
         if settings.method.demos and (decision.off or decision.sft) and decision.zone != "own":
-            found = reader.read(group, draw, settings.gate_of(group.source).success, counts)
+            known = UNKNOWN if past is None else past[number]
+            found = reader.read(group, draw, settings.gate_of(group.source).success, counts, known)
         read.append(found)
         questions.append(
             Question(
