@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from verl_hpt import __version__, advantage, config, guard
 from verl_hpt.errors import UserError
+from verl_hpt.lifecycle import SPARED, Lifecycle
 from verl_hpt.loss import ROW_COLUMNS, ROW_FIELD, LossSpec
 from verl_hpt.mixing import DEMO, Plan, PlanSettings
 from verl_hpt.questions import Reader
@@ -39,6 +40,7 @@ class Run:
         # At T ≠ 1 verl divides logits by the rollouts' temperature; a demonstration's likelihood is at T = 1.
         self.row_temperature = rollout.temperature != 1.0 and not fused and bool(self.method.demos)
         self.marked = (ROW_FIELD, *(["temperature"] if self.row_temperature else []))
+        self.lifecycle = Lifecycle(self.settings, rollout.n)
         self.best_score, self.rounds = float("-inf"), 0
         print(self.banner(verl, fused), flush=True)
 
@@ -128,7 +130,7 @@ class Run:
 
     def question_fields(self) -> list[str]:
         """Columns read once a question."""
-        names = ["prompts", "data_source", "extra_info", "raw_prompt", "multi_modal_inputs"]
+        names = ["prompts", "data_source", "extra_info", "raw_prompt", "multi_modal_inputs", SPARED]
         return list(dict.fromkeys([*names, *self._named_columns().values()]))
 
     def loss_spec(self) -> LossSpec:
