@@ -8,6 +8,7 @@ or ``transfer_queue``.
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections import Counter
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 import transfer_queue as tq
 from omegaconf import OmegaConf, open_dict
-from tensordict import TensorDict
+from tensordict import NonTensorData, NonTensorStack, TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.core_algos import kl_penalty
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
@@ -27,6 +28,7 @@ from verl.utils.transferqueue_utils import kv_batch_meta2batch_meta
 
 from verl_hpt import demos, host
 from verl_hpt.errors import UserError
+from verl_hpt.lifecycle import SPARED
 from verl_hpt.loss import hpt_loss
 from verl_hpt.metrics import of_plan, of_update
 from verl_hpt.mixing import DEMO, PADDING, Plan, Question, plan
@@ -35,6 +37,7 @@ from verl_hpt.run import Run
 
 # What the engine reads of a row, beside the loss's own fields.
 ENGINE_FIELDS = ("prompts", "responses", "input_ids", "position_ids", "response_mask", "loss_mask")
+ROLLOUTS = "__rollout_n__"  # verl's column: rollouts of a question, where they differ
 PADDING_PROMPT = 1  # tokens of a padding row's prompt; verl wants one at least. Its response has one more.
 
 
@@ -140,6 +143,32 @@ def hybrid(base):
             self.hpt.meet(self.tokenizer)
             self.actor_rollout_wg.set_loss_fn(partial(hpt_loss, spec=self.hpt.loss_spec()))
 
+        def _next_train_batch(self, *args, **kwargs):
+            """verl's next questions; the early gate gives those that fail again and again fewer rollouts."""
+            batch = super()._next_train_batch(*args, **kwargs)
+            n = self.config.actor_rollout_ref.rollout.n
+            full = demos.plain(batch[ROLLOUTS]) if ROLLOUTS in batch else [n] * len(batch)
+            sources = batch["data_source"] if "data_source" in batch else [""] * len(batch)
+            spared = self.hpt.lifecycle.spared(sources, batch["raw_prompt"], full)
+            if spared is not None:
+                left = [now - less for now, less in zip(full, spared, strict=True)]
+                for name, values in ((ROLLOUTS, left), (SPARED, spared)):
+                    batch[name] = NonTensorStack.from_list([NonTensorData(value) for value in values])
+            return batch
+
+        def _save_checkpoint(self):
+            # Before verl's marker file: a checkpoint that counts has its history.
+            trainer = self.config.trainer
+            self.hpt.lifecycle.save(os.path.join(trainer.default_local_dir, f"global_step_{self.global_steps}"))
+            super()._save_checkpoint()
+
+        def _load_checkpoint(self):
+            super()._load_checkpoint()
+            if self.global_steps > 0:
+                trainer = self.config.trainer
+                latest = os.path.join(trainer.default_local_dir, f"global_step_{self.global_steps}")
+                self.hpt.lifecycle.load(trainer.resume_from_path if trainer.resume_mode == "resume_path" else latest)
+
         def _compute_advantage(self, batch, metrics):
             own = {"algorithm.adv_estimator": "gae"} if self.hpt.method.uses_critic else {}
             with settings_for_now(self.config, own):
@@ -157,6 +186,11 @@ def hybrid(base):
                 if written:
                     tq.kv_clear(keys=written, partition_id=batch.partition_id)
             of_update(metrics)
+            metrics.update(
+                self.hpt.lifecycle.remember(
+                    self.global_steps, step.groups, step.questions, step.demos, step.plan, step.successes, step.counts
+                )
+            )
             return batch
 
         # --- one step ----------------------------------------------------------------------------------------------
@@ -167,8 +201,9 @@ def hybrid(base):
             settings = self.hpt.plan_settings(self.global_steps, self._ranks())
             scores, returns, lengths = self._read_rows(batch, groups)
             self._read_questions(batch, groups)
+            past = self.hpt.lifecycle.past(groups, self.global_steps)
             questions, read, counts = questions_of(
-                groups, scores, returns, lengths, self.hpt.reader, settings, self.global_steps
+                groups, scores, returns, lengths, self.hpt.reader, settings, self.global_steps, past
             )
             self.hpt.watch_success(scores[[row for group in groups for row in group.rows]])
             successes = [settings.gate_of(question.source).success for question in questions]
