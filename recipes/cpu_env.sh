@@ -40,7 +40,7 @@ _cpu_install() {
 
 cpu_environment() {
   export VERL_PLATFORM=cpu HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false RAY_DEDUP_LOGS=1 RAY_USAGE_STATS_ENABLED=0
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} PATH=$venv/bin:$PATH
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PATH=$venv/bin:$PATH
 }
 
 # One trainer and one vLLM server in float32. Ray is told of slots and CPUs that are not there: its resources are

@@ -38,7 +38,7 @@ def _host(config) -> Iterable[str]:
         yield "distillation.enabled=True replaces the actor's loss; set it to False"
     actor = "actor_rollout_ref.actor"
     if on(f"{actor}.shuffle"):
-        yield f"{actor}.shuffle=True tears questions apart over optimizer steps; set it to False (ours shuffles questions)"
+        yield f"{actor}.shuffle=True tears questions apart over optimizer steps; set it to False (ours are shuffled)"
     mode = on(f"{actor}.router_replay.mode")
     if mode not in (None, "disabled") or on("actor_rollout_ref.rollout.enable_rollout_routing_replay"):
         yield f"{actor}.router_replay.mode={mode}: demonstrations have no recorded routes; set it to disabled"
@@ -78,6 +78,6 @@ def _method(config, settings: Settings, method: Method, has_reference: bool, has
             yield f"method {method.name} trains on demonstrations only: algorithm.use_kl_in_reward=True has no effect"
         elif method.place == "group":
             yield (
-                f"method {method.name} compares rollouts with demonstrations, and algorithm.use_kl_in_reward=True lowers "
-                "the rollouts' rewards alone"
+                f"method {method.name} compares rollouts with demonstrations, and algorithm.use_kl_in_reward=True "
+                "lowers the rollouts' rewards alone"
             )

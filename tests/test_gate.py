@@ -1,0 +1,54 @@
+"""The gate, which compares counts: solved ≤ γ·n, with room for what floats do to shares."""
+
+import pytest
+
+from verl_hpt import gate
+from verl_hpt.gate import DEMO, OFF, RL, GateSettings, decide, decide_soft
+
+
+@pytest.mark.parametrize("n", range(1, 65))
+def test_a_share_means_the_count_that_it_is_a_share_of(n):
+    """γ = k/n lets exactly k solved rollouts pass; 15/22·22 is 14.999… in floats."""
+    for k in range(n + 1):
+        settings = GateSettings(threshold=k / n)
+        assert [decide(solved, n, settings) is DEMO for solved in range(n + 1)] == [s <= k for s in range(n + 1)]
+
+
+def test_negative_threshold_never_fires_and_one_always_does():
+    assert all(decide(s, 8, GateSettings(threshold=-1e-6)) is RL for s in range(9))
+    assert all(decide(s, 8, GateSettings(threshold=1.0)) is DEMO for s in range(9))
+
+
+def test_a_count_wins_over_the_share():
+    settings = GateSettings(threshold=1.0, count=2)
+    assert [decide(s, 8, settings).zone for s in range(5)] == ["demo", "demo", "demo", "rl", "rl"]
+    assert decide(0, 8, GateSettings(count=-1)) is RL
+
+
+def test_off_zone_lies_between_the_two_bounds():
+    settings = GateSettings(threshold=0.0, off=0.25)
+    assert [decide(s, 8, settings) for s in range(4)] == [DEMO, OFF, OFF, RL]
+
+
+def test_published_soft_table_counts_a_correct_demonstration_as_one_of_eight():
+    rows = [decide_soft(s, 7, True, GateSettings()) for s in range(8)]
+    assert [(d.on, d.off, d.sft) for d in rows] == [tuple(map(float, r)) for r in gate.SOFT_TABLE[1:]]
+    assert decide_soft(0, 8, False, GateSettings()).on == 1  # entry 0: nothing correct at all
+
+
+def test_a_users_soft_table_goes_by_number_solved_and_scales_to_the_group():
+    settings = GateSettings(soft=((0, 0, 1), (0.5, 0, 0.5), (1, 0, 0)))
+    assert [decide_soft(s, 2, True, settings).on for s in range(3)] == [0, 0.5, 1]
+    assert [decide_soft(s, 8, True, settings).on for s in (0, 4, 8)] == [0, 0.5, 1]
+
+
+def test_a_users_gate_is_found_by_name():
+    @gate.register_gate
+    def at_most_one(solved, n, settings):
+        return DEMO if solved <= 1 else RL
+
+    try:
+        settings = GateSettings(function="at_most_one")
+        assert [decide(s, 4, settings).zone for s in range(3)] == ["demo", "demo", "rl"]
+    finally:
+        del gate.GATES["at_most_one"]

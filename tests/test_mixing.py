@@ -1,0 +1,118 @@
+"""The plan: pure, independent of arrival order, even over optimizer steps and ranks, and losing nothing."""
+
+import numpy as np
+import pytest
+
+from verl_hpt.estimator import METHODS
+from verl_hpt.gate import GateSettings
+from verl_hpt.mixing import DEMO, PADDING, ROLLOUT, PlanSettings, Question, plan
+
+
+def question(key, rewards, demos=1, length=5, **kwargs) -> Question:
+    rewards = np.asarray(rewards, dtype=float)
+    lengths = np.arange(len(rewards)) + length
+    return Question(str(key), rewards, lengths, demo_lengths=np.full(demos, 7), demo_rewards=np.ones(demos), **kwargs)
+
+
+def settings(method="hpt", **kwargs) -> PlanSettings:
+    chosen = METHODS[method]
+    return PlanSettings(chosen, kwargs.pop("normalization", chosen.normalization), 16.0, **kwargs)
+
+
+BATCH = [question(i, [float(i % 3 == 0), 0, 0, 0], demos=int(i % 5 != 1)) for i in range(24)]
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_rollout_and_demonstration_is_in_the_plan_or_dropped_with_a_reason(method):
+    result = plan(BATCH, settings(method, questions_per_step=6))
+    seen = list(zip(result.question, result.kind, result.index, strict=True))
+    lost = [(d.question, d.kind, d.index) for d in result.dropped]
+    everything = [(q, ROLLOUT, i) for q, x in enumerate(BATCH) for i in range(len(x.rewards))]
+    everything += [(q, DEMO, j) for q, x in enumerate(BATCH) for j in range(len(x.demo_lengths))]
+    assert sorted(seen + lost) == sorted(everything)
+    assert all(d.why for d in result.dropped)
+    assert sorted(row for row in result.layout if row != PADDING) == list(range(len(result)))
+
+
+def test_the_plan_does_not_depend_on_the_order_of_questions():
+    def rows(batch):
+        result = plan(batch, settings(questions_per_step=6, ranks=2, seed=3))
+        keys = [(batch[q].key, k, i) for q, k, i in zip(result.question, result.kind, result.index, strict=True)]
+        return {
+            key: (step, w, v) for key, step, w, v in zip(keys, result.step, result.w_rl, result.w_demo, strict=True)
+        }
+
+    shuffled = [BATCH[i] for i in np.random.default_rng(0).permutation(len(BATCH))]
+    assert rows(BATCH) == rows(shuffled)
+
+
+def test_another_seed_deals_questions_otherwise():
+    steps = [tuple(plan(BATCH, settings(questions_per_step=6, seed=s)).step) for s in range(4)]
+    assert len(set(steps)) > 1
+
+
+def test_a_questions_rows_stand_in_one_optimizer_step():
+    result = plan(BATCH, settings("luffy", questions_per_step=6, ranks=2))
+    for q in range(len(BATCH)):
+        assert len(set(result.step[result.question == q])) == 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_every_step_of_every_rank_has_the_same_rows_and_its_own(ranks, multiple):
+    result = plan(BATCH, settings(questions_per_step=6, ranks=ranks, rows_multiple=multiple))
+    m, rest = divmod(result.rows_per_step, ranks)
+    assert rest == 0 and m % multiple == 0 and len(result.layout) == result.steps * result.rows_per_step
+    layout = result.layout.reshape(ranks, result.steps, m)
+    for step in range(result.steps):
+        here = layout[:, step][layout[:, step] != PADDING]
+        assert set(result.step[here]) <= {step}
+        held = (layout[:, step] != PADDING).sum(axis=1)
+        assert held.max() - held.min() <= max(multiple, held.max())
+
+
+def test_groups_may_have_lost_sessions_and_questions_may_have_one_rollout():
+    batch = [question("a", [1, 0]), question("b", [0]), question("c", [1]), question("d", [0, 0, 0, 1])]
+    result = plan(batch, settings(questions_per_step=4))
+    assert [d.zone for d in result.decisions] == ["rl", "demo", "rl", "rl"]
+    of_a = result.w_rl[result.question == 0]
+    assert of_a == pytest.approx(1 / (4 * 2 * 16))
+
+
+def test_a_question_without_a_usable_demonstration_keeps_its_rollouts():
+    result = plan([question("a", [0, 0], demos=0)], settings())
+    assert result.decisions[0].zone == "rl" and list(result.kind) == [ROLLOUT, ROLLOUT] and not result.dropped
+
+
+def test_a_method_of_demonstrations_alone_drops_a_question_without_one_and_says_so():
+    result = plan([question("a", [0, 1], demos=0), question("b", [0, 0])], settings("sft", questions_per_step=2))
+    assert {d.question for d in result.dropped if "no usable one" in d.why} == {0}
+    assert list(result.question) == [1] and result.w_demo == pytest.approx(0.1 / 7)
+
+
+def test_a_batch_with_nothing_to_train_on_still_has_its_optimizer_steps():
+    result = plan([question(i, [0.0], demos=0) for i in range(4)], settings("sft", questions_per_step=2, ranks=2))
+    assert result.steps == 2 and len(result) == 0 and (result.layout == PADDING).all() and len(result.layout) == 4
+
+
+def test_each_data_source_has_its_own_gate():
+    gates = {"hard": GateSettings(threshold=0.5)}
+    batch = [question("a", [1, 0, 0, 0], source="hard"), question("b", [1, 0, 0, 0], source="easy")]
+    result = plan(batch, settings(questions_per_step=2, gates=gates))
+    assert [d.zone for d in result.decisions] == ["demo", "rl"]
+
+
+def test_group_members_share_the_advantage_baseline_with_rollouts():
+    result = plan([question("a", [0, 0, 0])], settings("luffy"))
+    assert result.advantage == pytest.approx([-0.25, -0.25, -0.25, 0.75])
+    assert result.w_rl == pytest.approx(1 / (4 * 16))
+
+
+def test_several_demonstrations_each_get_a_row_and_share_the_questions_weight():
+    result = plan([question("a", [0, 0], demos=3)], settings())
+    assert list(result.kind) == [DEMO] * 3 and result.w_demo == pytest.approx(0.1 / 3 / 7)
+
+
+def test_s3ft_trains_on_its_first_correct_rollout_else_on_the_demonstration():
+    result = plan([question("a", [0, 1, 1]), question("b", [0, 0])], settings("s3ft", questions_per_step=2))
+    assert list(zip(result.question, result.kind, result.index, strict=True)) == [(0, ROLLOUT, 1), (1, DEMO, 0)]
