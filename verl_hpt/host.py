@@ -26,7 +26,7 @@ LEANED_ON = (
     ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._compute_old_log_prob", ("batch", "metrics"), "of demonstrations"),
     ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._compute_ref_log_prob", ("batch", "metrics"), "of demonstrations"),
     ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._update_actor", ("batch", "metrics"), "the door of the update"),
-    ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._next_train_batch", (), "fewer rollouts where all failed so often"),
+    ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._next_train_batch", (), "fewer rollouts where all failed"),
     ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._save_checkpoint", (), "our state, before verl's marker file"),
     ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._load_checkpoint", (), "our state"),
     ("verl.trainer.ppo.utils", "need_reference_policy", ("config",), "methods that need reference log-probs"),
