@@ -1,0 +1,62 @@
+"""Kill a real CPU training at random moments, resume it each time, and compare with one that was left alone.
+
+    python tests/bench/kills.py FOLDER --kills 20 [--prefix "COMMAND BEFORE EACH TRAINING"]
+
+Two starts more than kills, about a minute and a half each on two cores. Prints a line a kill: the moment, the step, and
+whether each checkpoint since the last kill has the history that the uninterrupted run had at that step.
+"""
+
+import argparse
+import random
+import shlex
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "e2e"))
+
+from cpu_run import Training, kill
+from test_resume import OVERRIDES, rows, same_history
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=150, help="of the uninterrupted run")
+    parser.add_argument("--longest", type=float, default=15, help="seconds from a new start's first step to its kill")
+    parser.add_argument("--prefix", default="")
+    options = parser.parse_args()
+    prefix, draw = tuple(shlex.split(options.prefix)), random.Random()
+    overrides = [*OVERRIDES, f"trainer.total_training_steps={options.steps}", "trainer.save_freq=2"]
+    whole = Training(options.folder / "whole", rows(), overrides, prefix)
+    if whole.checkpoint() < options.steps:
+        whole.run(limit=3000)
+    killed = Training(options.folder / "killed", rows(), overrides, prefix)
+    good, compared = 0, 0
+    for turn in range(options.kills):
+        resumed_from, lines = killed.checkpoint(), killed.logged()
+        process = killed.start()
+        start = time.monotonic()
+        try:
+            killed.wait_for(process, lambda lines=lines: killed.logged() > lines, 1500)
+            time.sleep(draw.uniform(0, options.longest))
+        finally:
+            kill(process)
+        reached = killed.checkpoint()
+        same = [same_history(whole.history(s), killed.history(s)) for s in range(resumed_from + 2, reached + 1, 2)]
+        compared, good = compared + len(same), good + all(same)
+        print(
+            f"kill {turn + 1}: resumed from {resumed_from}, at {time.monotonic() - start:.1f} s after its start, "
+            f"checkpoint {reached}: {sum(same)} of {len(same)} checkpoints identical",
+            flush=True,
+        )
+    killed.run(f"trainer.total_training_steps={killed.checkpoint() + 4}", limit=2000)
+    last = killed.checkpoint()
+    print(f"last resume: step {last} identical: {same_history(whole.history(last), killed.history(last))}")
+    print(f"{good} of {options.kills} kills; {compared} checkpoints compared")
+    return 0 if good == options.kills else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

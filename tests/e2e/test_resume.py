@@ -1,0 +1,77 @@
+"""A real training on a CPU is killed and resumed: it goes on with the same questions, demonstrations and history.
+
+Two starts, about two and a half minutes on two cores. ``tests/bench/kills.py`` kills one training twenty times.
+"""
+
+import random
+import shutil
+import time
+
+import numpy as np
+from cpu_run import MARKER, Training, kill, question
+
+# All that depends on the history at once: gates by source and by step, several demonstrations by turns of use, their
+# retirement and rest, and the early gate.
+OVERRIDES = [
+    "data.train_batch_size=8",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=4",
+    "actor_rollout_ref.rollout.n=4",
+    "++hpt.gate.threshold={start: 0.6, end: 0.1, steps: 20, shape: cosine}",
+    "++hpt.per_source={mix/b: {gate: {threshold: 0.3}}}",
+    "++hpt.demo={per_question: 2, select: unseen_first}",
+    "++hpt.history={retire_after: 4, cooldown: 1, early_gate: {after_failures: 2, rollouts: 1}}",
+]
+
+
+def rows() -> list[dict]:
+    """28 questions, so that a batch of 8 ends in the middle of an epoch; a third of them are never solved."""
+    return [
+        question(
+            index,
+            {"rule": "never"} if index % 3 == 0 else {"rule": "random", "chance": 0.15 * (index % 5)},
+            "mix/a" if index % 2 else "mix/b",
+            demos=3 if index % 4 else 1,
+        )
+        for index in range(28)
+    ]
+
+
+def same_history(one, other) -> bool:
+    """Every array of two history files equal; only the tokens saved depend on what was sampled."""
+    with np.load(one) as a, np.load(other) as b:
+        names = [name for name in a.files if name != "tokens_saved"]
+        return a.files == b.files and all(np.array_equal(a[name], b[name]) for name in names)
+
+
+def test_a_killed_run_goes_on_with_the_same_questions_demonstrations_and_history(tmp_path):
+    overrides = [*OVERRIDES, "trainer.save_freq=2", "trainer.total_training_steps=40"]
+    first = Training(tmp_path / "first", rows(), overrides)
+    process = first.start()
+    try:
+        first.wait_for(process, lambda: first.checkpoint() >= 10)
+        time.sleep(random.uniform(0, 4))
+    finally:
+        kill(process)
+
+    # Had it been killed earlier, checkpoint 4 would have been its last; the steps after it are done again, and what the
+    # first run wrote of them before it died is what an uninterrupted run does.
+    second = Training(tmp_path / "second", rows(), overrides)
+    shutil.copytree(first.checkpoints / "global_step_4", second.checkpoints / "global_step_4")
+    (second.checkpoints / MARKER).write_text("4")
+    process = second.start()
+    try:
+        second.wait_for(process, lambda: second.checkpoint() >= 10)
+    finally:
+        kill(process)
+
+    for step in (6, 8, 10):
+        assert same_history(first.history(step), second.history(step)), f"step {step}"
+    before, after = first.metrics(), second.metrics()
+    assert min(after) == 5, "resumed at the step after the checkpoint"
+    compared = [name for name in before[6] if name.startswith(("hpt/zone", "hpt/demo_share", "hpt/solve_rate"))]
+    assert compared
+    for step in (5, 6, 7, 8, 9):
+        for name in compared:
+            assert before[step].get(name) == after[step].get(name), f"{name} at step {step}"
+    history = np.load(first.history(10))
+    assert (history["uses"] > 0).any() and (history["flags"] & 4).any(), "some taught, some graduated"
