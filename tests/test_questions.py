@@ -1,0 +1,103 @@
+"""From a batch's rows to questions: identities, failed sessions, unusable demonstrations, broken rewards."""
+
+import logging
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from verl_hpt.config import Demo
+from verl_hpt.errors import UserError
+from verl_hpt.estimator import METHODS
+from verl_hpt.mixing import PlanSettings
+from verl_hpt.questions import Group, Reader, group_rows, identity, questions_of, row_sums
+
+
+class Letters:
+    """A tokenizer of one token a letter; 0 ends."""
+
+    eos_token_id = 0
+
+    def encode(self, text, add_special_tokens=False):
+        return [ord(letter) for letter in text]
+
+    def decode(self, ids, skip_special_tokens=False):
+        return "".join(map(chr, ids))
+
+    def convert_ids_to_tokens(self, token):
+        return "<end>" if token == 0 else chr(token)
+
+
+def reader(**settings) -> Reader:
+    return Reader(Letters(), 0, Demo(**settings), max_length=8)
+
+
+def group(target, rows=(0, 1), **columns) -> Group:
+    return Group("u", list(rows), "key", "src", [1, 2, 3], {"target": target, "extra_info": {"index": 7}, **columns})
+
+
+def ask(groups, scores, **settings):
+    scores = np.asarray(scores, dtype=float)
+    plan_settings = PlanSettings(METHODS["hpt"], "question", 8.0)
+    return questions_of(groups, scores, scores, np.full(len(scores), 4.0), reader(**settings), plan_settings, 1)
+
+
+def test_rows_are_grouped_by_question_in_the_order_of_sessions_and_padding_is_left_out():
+    groups = group_rows(["b_1_0", "a_0_0", "pad_0_0", "b_0_0"], [False, False, True, False])
+    assert [(g.uid, g.rows) for g in groups] == [("b", [3, 0]), ("a", [1])]
+
+
+def test_several_outputs_of_a_session_are_refused():
+    with pytest.raises(UserError, match="a_0 has several outputs"):
+        group_rows(["a_0_0", "a_0_1"], [False, False])
+
+
+def test_identity_is_the_same_for_the_same_source_and_prompt_alone():
+    assert identity("s", [1, 2]) == identity("s", np.array([1, 2])) != identity("t", [1, 2])
+    assert identity("s", [1, 2]) != identity("s", [2, 1])
+
+
+def test_row_sums_of_a_jagged_tensor_with_an_empty_row():
+    assert row_sums(np.array([1.0, 2, 3]), np.array([0, 2, 2, 3])).tolist() == [3, 0, 3]
+
+
+def test_a_usable_demonstration_ends_with_exactly_one_end_token():
+    for text in ("ab", "ab<end>", [{"role": "assistant", "content": "ab"}]):
+        _, read, counts = ask([group(text)], [0, 0])
+        assert read[0][0][0].ids == [97, 98, 0] and not counts
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [(None, "null"), ("", "empty"), ("  ", "empty"), (7, "not_text"), ("much too long", "too_long"), ([], "null")],
+)
+def test_an_unusable_demonstration_is_counted_and_warned_of_once(target, reason, caplog):
+    chosen = reader()
+    counts = Counter()
+    with caplog.at_level(logging.WARNING):
+        assert chosen.read(group(target), 1, 1.0, counts) == [] == chosen.read(group(target), 2, 1.0, counts)
+    assert counts["unusable"] == 2 and counts[f"unusable/{reason}"] == 2
+    assert len(caplog.records) == 1 and "question key" in caplog.text and "index 7" in caplog.text
+
+
+def test_on_unusable_error_stops_and_names_the_question():
+    with pytest.raises(UserError, match=r"question key .*'src', index 7.*'target'.*on_unusable=keep"):
+        ask([group("")], [0, 0], on_unusable="error")
+
+
+def test_demonstrations_of_solved_questions_are_not_even_read():
+    questions, read, counts = ask([group("")], [1, 0])
+    assert read == [[]] and not counts and len(questions[0].demo_lengths) == 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_reward_that_is_not_finite_stops_with_the_questions_identity(bad):
+    with pytest.raises(UserError, match=r"question key \(data source 'src', index 7\): reward .*not finite"):
+        ask([group("ab")], [0, bad])
+
+
+def test_a_demonstrations_reward_comes_from_its_column():
+    _, read, _ = ask([group(["ab", "cd"], score=[0.5, 1.0])], [0, 0], reward="score", per_question=2)
+    assert [columns["reward"] for _, columns in read[0]] == [0.5, 1.0]
+    _, read, counts = ask([group("ab", score=None)], [0, 0], reward="score")
+    assert read == [[]] and counts["unusable/bad_column"] == 1
