@@ -155,15 +155,24 @@ def load(node: Mapping | None) -> Settings:
         UserError: an unknown or ill-typed key, or a value out of its range: the key, the value and the choices.
     """
     node = dict(node or {})
-    if isinstance(node.get("per_source"), Mapping):  # a source's gate starts from the general one
-        general = node.get("gate") or {}
+    if isinstance(node.get("per_source"), Mapping):
         node["per_source"] = {
-            source: {**own, "gate": {**general, **(own.get("gate") or {})}} if isinstance(own, Mapping) else own
+            source: {**own, "gate": _over(node.get("gate") or {}, own.get("gate") or {})}
+            if isinstance(own, Mapping)
+            else own
             for source, own in node["per_source"].items()
         }
     settings = _build(Settings, node, "hpt")
     _check(settings)
     return settings
+
+
+def _over(general: Any, own: Any) -> Any:
+    """A source's gate: the general one, under its own keys. Its own switch replaces the general one, of any kind."""
+    if not isinstance(general, Mapping) or not isinstance(own, Mapping):
+        return own
+    switch = {"threshold", "count", "function"}
+    return {key: value for key, value in general.items() if not (switch & own.keys() and key in switch)} | {**own}
 
 
 def resolve_method(settings: Settings) -> Method:
@@ -247,6 +256,8 @@ def _check(settings: Settings) -> None:
             value = getattr(gate, name)
             numbers = (value.start, value.end) if isinstance(value, Schedule) else (value,)
             need(all(x is None or math.isfinite(x) for x in numbers), f"{where}.{name}", value, "finite")
+            if isinstance(value, Schedule):
+                need(value.steps >= 1, f"{where}.{name}.steps", value.steps, "at least 1")
         need(math.isfinite(gate.success), f"{where}.success", gate.success, "finite")
     need(settings.demo.per_question >= 1, "demo.per_question", settings.demo.per_question, "at least 1")
     history, early = settings.history, settings.history.early_gate
