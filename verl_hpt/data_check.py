@@ -346,6 +346,7 @@ def _judge(result: Result, args: argparse.Namespace) -> None:
         finding.count = result.without
         if result.without == result.rows:
             finding.harmful, finding.message = True, "no question has a demonstration"
+            finding.examples = [{"file": result.file, "row": 0, "field": args.demo_key or "target", "detail": ""}]
     if result.rows and not result.usable and not any(f.harmful for f in result.findings.values()):
         result.found("nothing usable", "no demonstration can be trained on", 0, args.demo_key or "target")
 

@@ -35,7 +35,7 @@ def load_reward(given: str | None, kwargs: dict) -> Grade | None:
                 value = asyncio.run(_awaited(value))
             failed = bool(value.get("grading_failed")) if isinstance(value, dict) else False
             score = float(value["score"] if isinstance(value, dict) else value)
-        except Exception as error:  # the user's own code: its words, not ours
+        except (Exception, SystemExit) as error:  # the user's own code: its words, not ours
             return None, f"{type(error).__name__}: {str(error)[:200]}", False
         return (score, "", failed) if math.isfinite(score) else (None, f"the reward is {score}", False)
 

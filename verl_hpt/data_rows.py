@@ -140,6 +140,7 @@ def _prompt_and_demos(file: str, number: int, row: dict, layout: Layout) -> tupl
     if isinstance(value, str):
         if not value.strip():
             raise BadRow(file, number, layout.prompt, "is empty")
+        _encodable(file, number, layout.prompt, value)
         prompt = [{"role": "user", "content": value}]
     else:
         prompt = _messages(file, number, layout.prompt, value)

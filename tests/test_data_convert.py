@@ -1,0 +1,235 @@
+"""`data convert` and `eval-set`: every form becomes verl's, in a stream, and validation never leaks."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tiny_tokenizers import SHARED, gsm8k, tiny
+
+from verl_hpt import reward
+from verl_hpt.data import main
+from verl_hpt.data_rows import in_validation, question_text
+from verl_hpt.demos import demonstrations, encode
+
+EVAL = {"aime24": 30, "aime25": 30, "amc23": 40, "gpqa": 198, "math-500": 500, "minerva": 272, "olympiad-bench": 674}
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def say(content):
+    return {"role": "assistant", "content": content}
+
+
+def ask(content):
+    return {"role": "user", "content": content}
+
+
+def converted(tmp_path, rows, *options, suffix=".jsonl"):
+    path, out = tmp_path / f"in{suffix}", tmp_path / "out.parquet"
+    if suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif suffix == ".json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    else:
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    assert main(["convert", str(path), str(out), *options]) == 0
+    return pq.read_table(out).to_pylist()
+
+
+def test_gsm8k_becomes_verls_parquet_with_every_word_kept(tmp_path):
+    out, val = tmp_path / "train.parquet", tmp_path / "val.parquet"
+    source = str(SHARED / "gsm8k" / "train.jsonl")
+    assert main(["convert", source, str(out), "--val", str(val), "--val-share", "0.05"]) == 0
+    train, held = pq.read_table(out).to_pylist(), pq.read_table(val).to_pylist()
+    assert len(train) + len(held) == 7473 and 0.04 < len(held) / 7473 < 0.06
+    by_question = {r["question"]: r["answer"] for r in gsm8k()}
+    for split, rows in (("train", train), ("val", held)):
+        assert [r["extra_info"]["index"] for r in rows] == list(range(len(rows)))
+        for row in rows:
+            assert set(row) == {"data_source", "prompt", "ability", "reward_model", "extra_info", "target"}
+            answer = by_question[row["prompt"][0]["content"]]
+            assert row["target"] == [say(answer)]
+            assert row["reward_model"] == {"style": "rule", "ground_truth": answer.rpartition("####")[2].strip()}
+            assert row["data_source"] == "openai/gsm8k" and row["extra_info"]["split"] == split
+    assert not {question_text(r["prompt"]) for r in train} & {question_text(r["prompt"]) for r in held}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "2+2?", "answer": "It is 4.\n#### 4"},
+        {"prompt": "2+2?", "target": "It is 4.\n#### 4"},
+        {"prompt": [ask("2+2?")], "target": [say("It is 4.\n#### 4")], "reward_model": {"ground_truth": "4"}},
+        {"prompt": [ask("2+2?")], "target": "It is 4.\n#### 4", "reward_model": {"ground_truth": 4}},
+        {"messages": [ask("2+2?"), say("It is 4.\n#### 4")]},
+        {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "It is 4.\n#### 4"}]},
+        {"problem": "2+2?", "solution": "It is 4.\n#### 4", "answer": "4"},
+        {"instruction": "2+2?", "output": "It is 4.\n#### 4", "answer": 4},
+    ],
+    ids=lambda row: "-".join(row),
+)
+def test_every_form_becomes_the_same_row(tmp_path, row, suffix):
+    rows = converted(tmp_path, [row], "--data-source", "x", suffix=suffix)
+    (made,) = rows
+    assert made["prompt"] == [ask("2+2?")] and made["target"] == [say("It is 4.\n#### 4")]
+    assert made["reward_model"] == {"style": "rule", "ground_truth": "4"} and made["data_source"] == "x"
+
+
+def test_converting_twice_changes_nothing(tmp_path):
+    rows = converted(tmp_path, gsm8k()[:50])
+    again = converted(tmp_path, rows, suffix=".parquet")
+    for a, b in zip(rows, again, strict=True):
+        assert {k: a[k] for k in a if k != "extra_info"} == {k: b[k] for k in b if k != "extra_info"}
+
+
+def test_system_and_suffix_and_marks(tmp_path):
+    row = {"prompt": [{"role": "system", "content": "Think."}, ask("2+2?")], "target": "a <<2+2=4>>4\n#### 4"}
+    (made,) = converted(tmp_path, [row], "--drop-system", "--strip-calculator", "--suffix", " Box it.")
+    assert made["prompt"] == [ask("2+2? Box it.")] and made["target"] == [say("a 4\n#### 4")]
+    (made,) = converted(tmp_path, [row], "--system", "Be brief.")
+    assert made["prompt"] == [{"role": "system", "content": "Be brief."}, ask("2+2?")]
+    assert made["target"] == [say("a <<2+2=4>>4\n#### 4")]
+
+
+def test_several_demonstrations_and_further_columns(tmp_path):
+    rows = [
+        {"prompt": "2+2?", "target": ["It is 4.\n#### 4", "Four.\n#### 4"], "r": [1.0, 0.5], "answer": "4"},
+        {"prompt": "1+1?", "target": "Two.\n#### 2", "r": [1.0], "answer": "2"},
+        {"prompt": "1+2?", "target": None, "r": None, "answer": "3"},
+    ]
+    made = converted(tmp_path, rows, "--keep", "r")
+    assert made[0]["target"] == [[say("It is 4.\n#### 4")], [say("Four.\n#### 4")]]
+    assert [len(demonstrations(r["target"])) for r in made] == [2, 1, 0]
+    assert [r["r"] for r in made] == [[1.0, 0.5], [1.0], None]
+
+
+def test_late_second_demonstration_asks_for_several(tmp_path, capsys):
+    rows = [{"prompt": f"{i}?", "target": "x", "answer": "1"} for i in range(600)]
+    rows.append({"prompt": "last?", "target": ["x", "y"], "answer": "1"})
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    assert main(["convert", str(tmp_path / "in.jsonl"), str(tmp_path / "out.parquet")]) == 2
+    assert "in.jsonl: row 601: field `target`" in capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "in.jsonl"), str(tmp_path / "out.parquet"), "--several"]) == 0
+
+
+def test_tool_conversations_keep_their_calls(tmp_path):
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
+    messages = [
+        ask("2+2?"),
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "4", "tool_call_id": "1"},
+        say("It is \\boxed{4}."),
+    ]
+    (made,) = converted(tmp_path, [{"messages": messages}])
+    assert made["prompt"] == [ask("2+2?")] and made["reward_model"]["ground_truth"] == "4"
+    (demo,) = demonstrations(made["target"])
+    tokenizer = tiny("qwen2.5")
+    encoded = encode(demo, tokenizer, tokenizer.eos_token_id, prompt_messages=made["prompt"])
+    said = [i for i, m in zip(encoded.ids, encoded.mask, strict=True) if m]
+    call = '\n<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 2}}\n</tool_call><|im_end|>'
+    assert tokenizer.decode(said) == call + "It is \\boxed{4}.<|im_end|>"
+
+
+def test_late_tool_call_never_vanishes(tmp_path, capsys):
+    plain = [{"messages": [ask(f"{i}?"), say("#### 1")]} for i in range(600)]
+    call = {"function": {"name": "f", "arguments": "{}"}}
+    late = {"messages": [ask("x?"), {"role": "assistant", "content": "", "tool_calls": [call]}, say("#### 1")]}
+    text = "".join(json.dumps(r) + "\n" for r in [*plain, late])
+    (tmp_path / "in.jsonl").write_text(text, encoding="utf-8")
+    assert main(["convert", str(tmp_path / "in.jsonl"), str(tmp_path / "out.parquet")]) == 2
+    assert "row 601: field `target.tool_calls`" in capsys.readouterr().err
+
+
+def test_several_files_and_a_local_dataset_folder(tmp_path):
+    for name in ("a", "b"):
+        rows = [{"question": f"{name}{i}?", "answer": f"#### {i}"} for i in range(5)]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    inputs = [str(tmp_path / "a" / "train.jsonl"), f"hf:{tmp_path / 'b'}"]
+    assert main(["convert", *inputs, str(tmp_path / "out.parquet")]) == 0
+    rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert [r["prompt"][0]["content"] for r in rows] == [f"{n}{i}?" for n in "ab" for i in range(5)]
+
+
+def test_validation_split_depends_on_the_question_alone():
+    assert in_validation([ask(" What  IS it?")], 0.5, 0) == in_validation("what is it?", 0.5, 0)
+    drawn = [in_validation(f"question {i}", 0.1, 0) for i in range(5000)]
+    assert 400 < sum(drawn) < 600
+    assert drawn != [in_validation(f"question {i}", 0.1, 1) for i in range(5000)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--val-share", "2"], ["--format", "messages"], ["--prompt-key", "nope"], ["--keep", "nope"], ["--limit", "0"]],
+    ids=" ".join,
+)
+def test_wrong_options_are_one_message(tmp_path, capsys, options):
+    (tmp_path / "in.jsonl").write_text('{"question": "a?", "answer": "#### 1"}\n', encoding="utf-8")
+    assert main(["convert", str(tmp_path / "in.jsonl"), str(tmp_path / "out.parquet"), *options]) == 2
+    assert "Traceback" not in capsys.readouterr().err and not (tmp_path / "out.parquet").exists()
+
+
+def test_output_never_overwrites_its_input(tmp_path, capsys):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist([{"question": "a?", "answer": "#### 1"}]), path)
+    assert main(["convert", str(path), str(path)]) == 2
+    assert "different files" in capsys.readouterr().err
+    assert pq.read_table(path).num_rows == 1
+
+
+def test_eval_set_makes_verls_validation_files(tmp_path):
+    files = [str(SHARED / "eval" / f"{name}.json") for name in EVAL]
+    assert main(["eval-set", str(tmp_path), *files]) == 0
+    for name, count in EVAL.items():
+        rows = pq.read_table(tmp_path / f"{name}.parquet").to_pylist()
+        assert len(rows) == count
+        for row in rows:
+            assert row["data_source"] == name and row["extra_info"]["split"] == "test"
+            assert "\\boxed{}" in row["prompt"][-1]["content"]
+            boxed = f"It is \\boxed{{{row['reward_model']['ground_truth']}}}."
+            assert reward.compute_score(name, boxed, row["reward_model"]["ground_truth"])["score"] == 1.0
+    assert main(["eval-set", str(tmp_path / "four"), files[0], "--repeat", "4", "--suffix", ""]) == 0
+    assert pq.read_table(tmp_path / "four" / "aime24.parquet").num_rows == 120
+
+
+MEASURED = """
+import sys
+from verl_hpt.data import main
+status = main(["convert", sys.argv[1], sys.argv[2]])
+with open("/proc/self/status") as file:
+    peak = next(line.split()[1] for line in file if line.startswith("VmHWM"))
+print(status, int(peak) * 1024)
+"""
+
+
+def big(path, rows):
+    """Rows of 4 kB; one row group where it is parquet, the hardest form to stream."""
+
+    def row(i):
+        return {"question": f"{i}?", "answer": f"{i} is {i * 2654435761 % 2**32:08x} " * 200 + "\n#### 1"}
+
+    if path.suffix == ".jsonl":
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row(i)) + "\n" for i in range(rows))
+    else:
+        pq.write_table(pa.Table.from_pylist([row(i) for i in range(rows)]), path, row_group_size=10**9)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_memory_does_not_grow_with_the_file(tmp_path, suffix):
+    """40 MB and 160 MB of text: the peak of the process (Linux's VmHWM) is that of a batch, far below 2 GiB."""
+    peaks = []
+    for scale in (1, 4):
+        path = tmp_path / f"{scale}{suffix}"
+        big(path, 10_000 * scale)
+        command = [sys.executable, "-c", MEASURED, str(path), str(tmp_path / "out.parquet")]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+        assert done.returncode == 0, done.stderr
+        status, peak = done.stdout.split()[-2:]
+        assert status == "0"
+        peaks.append(int(peak))
+    assert peaks[1] < 0.8 * 2**30 and peaks[1] < 1.2 * peaks[0], peaks
