@@ -93,6 +93,12 @@ class Run:
         self.eos = demo.eos if demo.eos is not None else tokenizer.eos_token_id
         if self.eos is None:
             raise UserError("the tokenizer has no EOS token; set hpt.demo.eos to the id that ends an answer")
+        stops = stop_ids(self.verl_config.actor_rollout_ref.model.path) | {tokenizer.eos_token_id}
+        if self.method.demos and self.eos not in stops:
+            raise UserError(
+                f"demonstrations would end with token {self.eos} (hpt.demo.eos), but generation stops at "
+                f"{sorted(stops - {None})}; set it to one of these"
+            )
         data = self.verl_config.data
         self.reader = Reader(
             tokenizer,
@@ -102,14 +108,6 @@ class Run:
             self.settings.seed,
             data.get("apply_chat_template_kwargs") or {},
         )
-
-    def check_eos(self, stop_ids: set[int]) -> None:
-        """Demonstrations must end with a token at which the model's own rollouts stop."""
-        if stop_ids and self.eos not in stop_ids:
-            raise UserError(
-                f"demonstrations would end with token {self.eos}, but generation stops at {sorted(stop_ids)}; set "
-                "hpt.demo.eos to one of these"
-            )
 
     # --- every step ----------------------------------------------------------------------------------------------
 
@@ -214,3 +212,14 @@ class Run:
         if self.settings.question_key is not None:
             named["hpt.question_key"] = self.settings.question_key
         return named
+
+
+def stop_ids(model_path: str) -> set[int]:
+    """Ids at which the model's own generation config stops; none where it says nothing."""
+    from transformers import GenerationConfig
+
+    try:
+        ids = GenerationConfig.from_pretrained(model_path).eos_token_id
+    except OSError:  # no generation_config.json
+        return set()
+    return set(ids) if isinstance(ids, list) else {ids} - {None}

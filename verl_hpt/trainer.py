@@ -1,6 +1,6 @@
-"""Demonstrations join the update at its door: verl runs every stage on all rollouts, untouched, up to ``_update_actor``.
+"""Demonstrations join at the door of the update: verl runs every stage on all rollouts, untouched, till then.
 
-There the gate decides, the plan is made, demonstration and padding rows are written beside the rollouts, verl's own
+In ``_update_actor`` the gate decides, the plan is made, demonstration and padding rows are written beside the rollouts, verl's own
 update runs on the planned rows, what was written is cleared, and verl goes on with its own batch. So its metrics,
 critic, rollout correction, dumps and clean-up never meet a demonstration. The only file that imports ``verl.trainer.*``
 or ``transfer_queue``.
@@ -137,10 +137,10 @@ def hybrid(base):
         def _init_dataloader(self):
             super()._init_dataloader()
             self.hpt.check_columns(self.train_dataset)
+            self.hpt.meet(self.tokenizer)
 
         def on_init_end(self):
             super().on_init_end()
-            self.hpt.meet(self.tokenizer)
             self.actor_rollout_wg.set_loss_fn(partial(hpt_loss, spec=self.hpt.loss_spec()))
 
         def _next_train_batch(self, *args, **kwargs):

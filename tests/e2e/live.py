@@ -1,0 +1,91 @@
+"""Loaded in every process of a training (VERL_USE_EXTERNAL_MODULES=live): switches the method, records the loss.
+
+LIVE_METHODS="hpt;sft;…": each trains ``LIVE_STEPS`` steps, in turn, in one trainer; a name may be followed by settings,
+as in ``hpt gate.threshold=0.5``. LIVE_FOLDER: where plans and loss inputs are written, a file a step.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+import wrapt
+
+FOLDER = Path(os.environ["LIVE_FOLDER"])
+
+
+def plan_as_json(step) -> list[dict]:
+    """The plan's rows with what names them, in the order of the layout."""
+    rows = []
+    for row in step.plan.layout:
+        if row < 0:
+            rows.append({"kind": -1})
+            continue
+        q = step.plan.question[row]
+        names = ("kind", "index", "w_rl", "w_demo", "reward", "tokens")
+        rows.append({name: getattr(step.plan, name)[row].item() for name in names} | {"question": step.groups[q].key})
+    return rows
+
+
+@wrapt.when_imported("verl_hpt.trainer")
+def _switch(trainer):
+    hybrid = trainer.hybrid
+
+    def live(base):
+        class Live(hybrid(base)):
+            def on_step_begin(self):
+                super().on_step_begin()
+                methods = os.environ["LIVE_METHODS"].split(";")
+                turn, rest = divmod(self.global_steps - 1, int(os.environ["LIVE_STEPS"]))
+                if rest or turn >= len(methods):
+                    return
+                name, *settings = methods[turn].split()
+                print(f"LIVE step {self.global_steps}: {methods[turn]}", flush=True)
+                with trainer.open_dict(self.config):
+                    self.config.hpt = trainer.OmegaConf.merge(
+                        {"method": name, "demo": self.config.hpt.get("demo", {})},
+                        trainer.OmegaConf.from_dotlist(settings),
+                    )
+                served = (trainer.need_reference_policy(self.config), trainer.need_critic(self.config))
+                self.hpt = trainer.Run(
+                    self.config,
+                    verl=trainer.host.check(),
+                    kl_penalty=trainer.kl_penalty,
+                    has_reference=served[0],
+                    has_critic=served[1],
+                )
+                self.hpt.meet(self.tokenizer)
+                self.actor_rollout_wg.set_loss_fn(trainer.partial(trainer.hpt_loss, spec=self.hpt.loss_spec()))
+
+            def _write(self, batch, step, written):
+                out = {"method": self.hpt.method.name, "rows": plan_as_json(step)}
+                (FOLDER / f"plan_{self.global_steps}.json").write_text(json.dumps(out))
+                return super()._write(batch, step, written)
+
+        return Live
+
+    trainer.hybrid = live
+
+
+@wrapt.when_imported("verl_hpt.loss")
+def _record(loss):
+    inner = loss.hpt_loss
+
+    @wrapt.decorator
+    def recorder(wrapped, instance, args, kwargs):
+        out, data, spec = kwargs["model_output"], kwargs["data"], kwargs["spec"]
+        flat = out["log_probs"].values().detach().requires_grad_()
+        with torch.enable_grad():
+            again = {**out, "log_probs": torch.nested.nested_tensor_from_jagged(flat, out["log_probs"].offsets())}
+            wrapped(model_output=again, data=data, spec=spec)[0].backward()
+        gradient = torch.nested.nested_tensor_from_jagged(flat.grad, out["log_probs"].offsets())
+        columns = {"log_prob": out["log_probs"], "gradient": gradient, "entropy": out.get("entropy")}
+        padded = {k: loss.no_padding_2_padding(v.detach(), data) for k, v in columns.items() if v is not None}
+        rows = data.select(*spec.fields).to_padded_tensor()
+        record = {k: v.tolist() for k, v in padded.items()}
+        record |= {k: rows[k].tolist() for k in spec.fields} | {"clip": vars(spec.constants)}
+        number = len(list(FOLDER.glob(f"loss_{os.getpid()}_*.json")))
+        (FOLDER / f"loss_{os.getpid()}_{number:03d}.json").write_text(json.dumps(record))
+        return wrapped(*args, **kwargs)
+
+    loss.hpt_loss = recorder(inner)

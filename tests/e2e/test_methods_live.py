@@ -1,0 +1,180 @@
+"""Every method trains in the real trainer: real verl, Ray, FSDP2 and vLLM on the CPU.
+
+One live trainer whose method is switched serves most; a second has a critic and a reference model, and with them the
+extremes: entropy bonus, KL loss, two epochs an update, temperature 0.8, dynamic batches, critic warm-up.
+"""
+
+import glob
+import json
+import os
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+from cpu_run import Training, question
+
+from verl_hpt.estimator import METHODS
+from verl_hpt.explain import explain
+
+HERE = Path(__file__).parent
+SERVED = ("ppo", "asft")
+PLAIN = [name for name in METHODS if name not in SERVED]
+STEPS = 3
+EXTREMES = ["hpt gate.threshold=-1", "hpt gate.threshold=1", "hpt gate.off=0.9", "hpt normalization=official"]
+
+
+def rows() -> list[dict]:
+    """Questions that are never, sometimes and nearly always solved; some without a usable demonstration."""
+    made = []
+    for index in range(16):
+        rule = {"rule": "never"} if index % 4 == 0 else {"rule": "random", "chance": 0.3 * (index % 4)}
+        made.append(question(index, rule, "live", demos=1) | {"others": [-2.0]})
+    made[5]["target"] = ["x" * 200]  # too long
+    made[9]["target"] = [""]
+    return made
+
+
+def train(folder: Path, methods: list[str], overrides: list[str], monkeypatch) -> Training:
+    (folder / "records").mkdir(parents=True)
+    monkeypatch.setenv("LIVE_FOLDER", str(folder / "records"))
+    monkeypatch.setenv("LIVE_METHODS", ";".join(methods))
+    monkeypatch.setenv("LIVE_STEPS", str(STEPS))
+    monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", "live")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]))
+    steps = STEPS * len(methods)
+    training = Training(
+        folder / "run",
+        rows(),
+        [
+            "data.train_batch_size=4",
+            "actor_rollout_ref.rollout.n=3",
+            "++hpt.demo={other_log_prob: others}",
+            f"trainer.total_training_steps={steps}",
+            f"trainer.save_freq={STEPS}",
+            "actor_rollout_ref.actor.checkpoint.save_contents=[model]",
+            *overrides,
+        ],
+    )
+    training.run(limit=1500)
+    return training
+
+
+def weights(training: Training, step: int) -> torch.Tensor:
+    """All parameters of a checkpoint as one vector."""
+    (file,) = glob.glob(str(training.checkpoints / f"global_step_{step}" / "actor" / "model_world_size_1_rank_0.pt"))
+    state = torch.load(file, weights_only=False)
+    return torch.cat([getattr(x, "_local_tensor", x).flatten().float() for x in state.values()])
+
+
+def check(training: Training, methods: list[str]) -> None:
+    metrics = training.metrics()
+    before = None
+    for turn, name in enumerate(methods):
+        steps = range(turn * STEPS + 1, (turn + 1) * STEPS + 1)
+        assert all(0 < metrics[s]["actor/grad_norm"] < float("inf") for s in steps if "actor/grad_norm" in metrics[s])
+        assert any("actor/grad_norm" in metrics[s] for s in steps), name
+        for s in steps:
+            assert metrics[s]["hpt/questions"] == 4 if "hpt/questions" in metrics[s] else s == 1
+        after = weights(training, (turn + 1) * STEPS)
+        assert torch.isfinite(after).all()
+        assert before is None or (after - before).abs().max() > 0, f"{name} left every parameter as it was"
+        before = after
+
+
+def test_every_method_without_a_critic_or_reference_trains_and_explain_agrees(tmp_path, monkeypatch):
+    methods = PLAIN + EXTREMES
+    overrides = ["actor_rollout_ref.actor.ppo_mini_batch_size=4"]
+    training = train(tmp_path, methods, overrides, monkeypatch)
+    check(training, methods)
+    metrics = training.metrics()
+    at = {name: metrics[(turn + 1) * STEPS] for turn, name in enumerate(methods)}
+    assert at["hpt gate.threshold=1"]["hpt/demo_share"] >= 0.5 and at["hpt gate.threshold=-1"]["hpt/demo_share"] == 0
+    assert at["sft"]["hpt/gradient_share/demos"] == pytest.approx(1)
+    assert any(m.get("hpt/unusable_demos") for m in metrics.values())
+    explained = compare_with_explain(tmp_path / "records")
+    assert explained["hpt"] and explained["luffy"] and explained["srft"]
+
+
+def compare_with_explain(folder: Path) -> dict[str, int]:
+    """Each recorded step as a CASE: its gradients from ``explain`` and from the training. Methods -> rows compared."""
+    compared = defaultdict(int)
+    records = sorted(folder.glob("loss_*.json"), key=lambda p: (p.stat().st_mtime_ns, p.name))
+    plans = sorted(folder.glob("plan_*.json"), key=lambda p: int(p.stem.split("_")[1]))
+    assert len(records) == len(plans)
+    for step, (plan_file, record_file) in enumerate(zip(plans, records, strict=True), 1):
+        plan, record = json.loads(plan_file.read_text()), json.loads(record_file.read_text())
+        method = METHODS[plan["method"]]
+        if method.when in ("soft", "unrewarded", "own") or "normalization" in plan:
+            continue
+        questions = {}
+        for i, row in enumerate(plan["rows"]):
+            if row["kind"] >= 0:
+                questions.setdefault(row["question"], {0: {}, 1: {}})[row["kind"]][row["index"]] = (i, row)
+        case = {
+            "hpt": {"method": plan["method"], "rl_length_scale": 24, "gate": {}},
+            "questions": [case_of(key, sides, record) for key, sides in questions.items()],
+        }
+        # Whole groups only: a question that trains on its demonstration has no rollouts on record, and needs none.
+        told = explain(case)
+        for told_row in told["rows"]:
+            place, _ = questions[told_row["uid"]][told_row["kind"] == "demo"][told_row["index"]]
+            length = len(told_row["gradient"])
+            expected = record["gradient"][place][:length]
+            if EXTREMES and step > STEPS * len(PLAIN):
+                continue  # those have settings of their own
+            assert told_row["gradient"] == pytest.approx(expected, rel=1e-4, abs=1e-5 * max(map(abs, expected)) + 1e-9)
+            compared[plan["method"]] += 1
+    return compared
+
+
+def case_of(key: str, sides: dict, record: dict) -> dict:
+    def row(place, planned):
+        length = planned["tokens"]
+
+        def column(name):
+            return record[name][place][:length] if name in record else None
+
+        given = {
+            "length": length,
+            "reward": planned["reward"],
+            "log_prob": column("log_prob"),
+            "old_log_prob": column("old_log_probs"),
+            "other_log_prob": -2.0,
+        }
+        return given | ({"entropy": column("entropy")} if "entropy" in record else {})
+
+    rollouts = [row(*sides[0][i]) for i in sorted(sides[0])]
+    demos = [row(*sides[1][i]) for i in sorted(sides[1])]
+    return {"uid": key, "source": "live", "rollouts": rollouts, "demos": demos}
+
+
+def test_methods_with_critic_and_reference_train_with_every_extreme_on(tmp_path, monkeypatch):
+    methods = [*SERVED, "hpt", "psft", "rl_plus", "srft"]
+    overrides = [
+        "critic.enable=True",
+        f"critic.model.path={tmp_path / 'run' / 'model'}",
+        "critic.model.use_remove_padding=False",
+        "++critic.model.override_config.attn_implementation=sdpa",
+        "critic.strategy=fsdp2",
+        "critic.fsdp.strategy=fsdp2",
+        "critic.ppo_micro_batch_size_per_gpu=12",
+        "critic.ppo_mini_batch_size=4",
+        "actor_rollout_ref.actor.use_kl_loss=True",
+        "actor_rollout_ref.actor.entropy_coeff=0.001",
+        "actor_rollout_ref.actor.ppo_epochs=2",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=2",
+        "actor_rollout_ref.rollout.temperature=0.8",
+        "actor_rollout_ref.actor.use_dynamic_bsz=True",
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=200",
+        "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=True",
+        "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=400",
+        "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=12",
+        "trainer.critic_warmup=2",
+        "++hpt.method=ppo",
+    ]
+    training = train(tmp_path, methods, overrides, monkeypatch)
+    check(training, methods)
+    metrics = training.metrics()
+    assert "hpt/questions" not in metrics[1], "the critic warms up before the actor trains"
+    assert metrics[4 * STEPS]["hpt/kl_loss"] is not None and "hpt/entropy_bonus" in metrics[3 * STEPS]
