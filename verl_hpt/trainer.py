@@ -1,9 +1,9 @@
 """Demonstrations join at the door of the update: verl runs every stage on all rollouts, untouched, till then.
 
-In ``_update_actor`` the gate decides, the plan is made, demonstration and padding rows are written beside the rollouts, verl's own
-update runs on the planned rows, what was written is cleared, and verl goes on with its own batch. So its metrics,
-critic, rollout correction, dumps and clean-up never meet a demonstration. The only file that imports ``verl.trainer.*``
-or ``transfer_queue``.
+In ``_update_actor`` the gate decides, the plan is made, demonstration and padding rows are written beside the rollouts,
+verl's own update runs on the planned rows, what was written is cleared, and verl goes on with its own batch. So its
+metrics, critic, rollout correction, dumps and clean-up never meet a demonstration. The only file that imports
+``verl.trainer.*`` or ``transfer_queue``.
 """
 
 from __future__ import annotations
