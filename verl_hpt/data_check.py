@@ -83,9 +83,8 @@ def check(args: argparse.Namespace) -> Result:
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit must be 1 or more, got {args.limit}")
     result = Result(args.file)
-    render = None
+    render, kwargs = None, _json_option("--template-kwargs", args.template_kwargs)
     if args.tokenizer or args.model:
-        kwargs = _json_option("--template-kwargs", args.template_kwargs)
         render = Renderer(
             args.tokenizer or args.model, eos=args.eos, max_length=args.max_response_length, kwargs=kwargs
         )
@@ -231,7 +230,7 @@ def _check_batch(args, result, batch, columns, render, grade, threads, likely) -
             result.lengths.append(len(item.text if item.text is not None else _said(item.demo.content)))
     result.usable += len(items)
     if grade is not None:
-        _grade(args, result, items, render, grade, threads)
+        _grade(args, result, items, grade, threads)
     for item in items:
         if render is not None and len(result.rendered) < args.show:
             result.rendered.append(render.beside(item.row, item.prompt, item.encoded))
@@ -296,7 +295,7 @@ def _said(demo: Any) -> str:
     return "\n".join(D.message_text(m) for m in demo if m.get("role", "assistant") == "assistant")
 
 
-def _grade(args, result, items, render, grade, threads) -> None:
+def _grade(args, result, items, grade, threads) -> None:
     """Rewards of a batch, in threads, as verl has it; the symbolic grader works in processes of its own."""
 
     def one(item: _Item) -> tuple[float | None, str, bool]:

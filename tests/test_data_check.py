@@ -1,0 +1,260 @@
+"""`data check`: what it says is what training does."""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tiny_tokenizers import SHARED, STYLES, gsm8k, tiny
+
+from verl_hpt.data import main
+from verl_hpt.data_questions import shared_frame, unframed
+from verl_hpt.data_render import Renderer
+from verl_hpt.data_report import histogram
+from verl_hpt.demos import EncodedDemo, Unusable, encode
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizers")
+    for style in STYLES:
+        tiny(style).save_pretrained(folder / style)
+    return folder
+
+
+def verl_row(question, answer, truth, source="openai/gsm8k"):
+    return {
+        "data_source": source,
+        "prompt": [{"role": "user", "content": question}],
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": truth},
+        "extra_info": {"index": 0, "split": "train"},
+        "target": answer,
+    }
+
+
+def rows(count):
+    found = []
+    for row in gsm8k()[:count]:
+        demo = [{"role": "assistant", "content": row["answer"]}]
+        found.append(verl_row(row["question"], demo, row["answer"].rpartition("####")[2].strip()))
+    return found
+
+
+def say(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def write(path, table):
+    pq.write_table(pa.Table.from_pylist(table), path)
+    return str(path)
+
+
+def checked(tmp_path, file, *options):
+    """(exit status, the JSON result)"""
+    out = tmp_path / "result.json"
+    status = main(["check", file, "--json", str(out), *options])
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert (status == 0) == result["ok"]
+    return status, {f["check"]: f for f in result["findings"]}, result
+
+
+def test_raw_gsm8k_needs_nothing_else_and_is_fine(tmp_path, capsys):
+    status, found, result = checked(tmp_path, str(SHARED / "gsm8k" / "train.jsonl"))
+    assert status == 0 and found == {}
+    assert result["rows"] == result["demonstrations"] == result["usable"] == 7473
+    assert result["rewards"] == {"openai/gsm8k": {"graded": 7473, "mean": 1.0, "rejected": 0}}
+    assert "nothing here would hurt training" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_many_at_a_time_are_the_tokens_of_one_by_one(tokenizers, style):
+    render, tokenizer = Renderer(str(tokenizers / style)), tiny(style)
+    texts = [r["answer"] for r in gsm8k()[:500]] + ["", " ", "é\n\n", tokenizer.eos_token, "\u3000漢字 🙂"]
+    assert render.tokens(texts) == [tokenizer.encode(t, add_special_tokens=False) for t in texts]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_demonstration_is_shown_beside_the_prompt_token_for_token(tmp_path, tokenizers, style, capsys):
+    file, tokenizer = write(tmp_path / "a.parquet", rows(20)), tiny(style)
+    status, _, result = checked(tmp_path, file, "--tokenizer", str(tokenizers / style), "--show", "3")
+    assert status == 0 and len(result["rendered"]) == 3
+    for shown, row in zip(result["rendered"], rows(3), strict=True):
+        prompt = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
+        assert "".join(shown["prompt_tokens"]) == prompt
+        assert shown["ids"] == encode(row["target"], tokenizer, tokenizer.eos_token_id).ids
+        assert shown["eos_count"] == 1 and shown["trained"] == [1] * len(shown["ids"])
+    assert f"{tokenizer.eos_token!r}  ← EOS" in capsys.readouterr().out
+
+
+def test_share_too_long_and_lengths_are_those_of_encode(tmp_path, tokenizers):
+    file, tokenizer = write(tmp_path / "a.parquet", rows(300)), tiny("qwen3")
+    lengths, long = [], 0
+    for row in rows(300):
+        lengths.append(len(encode(row["target"], tokenizer, tokenizer.eos_token_id).ids))
+        try:
+            encode(row["target"], tokenizer, tokenizer.eos_token_id, max_length=150)
+        except Unusable as bad:
+            long += bad.reason == "too_long"
+    options = ("--tokenizer", str(tokenizers / "qwen3"), "--max-response-length", "150")
+    status, found, result = checked(tmp_path, file, *options)
+    assert status == 1 and found["unusable: too_long"]["count"] == long > 3
+    assert result["unusable"] == {"too_long": long} and result["usable"] == 300 - long
+    assert sum(n for *_, n in result["lengths"]["histogram"]) == 300
+    assert (result["lengths"]["min"], result["lengths"]["max"]) == (min(lengths), max(lengths))
+    status, found, _ = checked(tmp_path, file, *options, "--tolerance", "0.9")
+    assert status == 0 and not found["unusable: too_long"]["harmful"]
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_reward_is_the_runs_own_function(tmp_path, kind):
+    function = tmp_path / "mine.py"
+    function.write_text(
+        f"{kind} mine(data_source, solution_str, ground_truth, extra_info=None, low=0.0):\n"
+        "    return {'score': 1.0 if extra_info['index'] == 0 and len(solution_str) % 2 else low, 'other': 1}\n",
+        encoding="utf-8",
+    )
+    file = write(tmp_path / "a.parquet", rows(50))
+    odd = sum(len(r["answer"]) % 2 for r in gsm8k()[:50])
+    options = ("--reward", f"{function}:mine", "--reward-kwargs", '{"low": 0.25}')
+    status, found, result = checked(tmp_path, file, *options)
+    assert status == 1 and found["rejected"]["count"] == 50 - odd
+    assert result["rewards"]["openai/gsm8k"]["mean"] == pytest.approx((odd + 0.25 * (50 - odd)) / 50)
+    assert checked(tmp_path, file, *options, "--success", "0.25")[0] == 0
+
+
+def test_wrong_demonstrations_are_named(tmp_path):
+    table = rows(100)
+    table[7]["reward_model"]["ground_truth"] = "123456"
+    status, found, _ = checked(tmp_path, write(tmp_path / "a.parquet", table))
+    assert status == 0 and found["rejected"]["examples"][0]["row"] == 8
+    status, found, _ = checked(tmp_path, write(tmp_path / "a.parquet", table), "--tolerance", "0")
+    assert status == 1 and found["rejected"]["harmful"]
+
+
+def test_duplicates_contradictions_and_leaks(tmp_path):
+    table = rows(100)
+    table += [
+        dict(table[3]),
+        {**table[4], "reward_model": {"style": "rule", "ground_truth": "77"}, "target": say("#### 77")},
+    ]
+    table[100]["prompt"] = [{"role": "user", "content": "  " + table[3]["prompt"][0]["content"].upper()}]
+    val = [{"prompt": r["question"] + "\n\nPut your answer in a box.", "answer": "1"} for r in gsm8k()[90:130]]
+    (tmp_path / "val.jsonl").write_text("".join(json.dumps(r) + "\n" for r in val), encoding="utf-8")
+    file = write(tmp_path / "a.parquet", table)
+    status, found, _ = checked(tmp_path, file, "--val", str(tmp_path / "val.jsonl"))
+    assert status == 1 and found["leak"]["count"] == 10 and found["leak"]["harmful"]
+    assert [e["row"] for e in found["leak"]["examples"]] == list(range(91, 101))
+    assert [e["row"] for e in found["duplicate"]["examples"]] == [101, 102]
+    assert [e["row"] for e in found["contradiction"]["examples"]] == [102]
+    assert "same question as row 4" in found["duplicate"]["examples"][0]["detail"]
+
+
+def test_gsm8k_test_set_is_not_in_its_training_set(tmp_path):
+    train, test = (str(SHARED / "gsm8k" / f"{n}.jsonl") for n in ("train", "test"))
+    status, found, _ = checked(tmp_path, train, "--reward", "none", "--val", test)
+    assert status == 0 and "leak" not in found
+
+
+def test_frame_of_prompts_is_what_all_begin_and_end_with():
+    texts = [f"please solve: what is {i} + {i}? put it in a box." for i in range(10)]
+    frame = shared_frame(texts)
+    assert [unframed(t, frame) for t in texts] == [f"{i} + {i}?" for i in range(10)]
+    assert shared_frame(texts[:3]) == ("", "") and shared_frame(["same"] * 10) == ("", "")
+
+
+def test_questions_without_a_demonstration_are_counted_and_bearable(tmp_path):
+    table = rows(10)
+    table[2]["target"] = table[5]["target"] = None
+    status, found, result = checked(tmp_path, write(tmp_path / "a.parquet", table))
+    assert status == 0 and found["without"]["count"] == result["questions_without"] == 2
+    assert result["demonstrations"] == 8
+
+
+def test_open_reasoning_tag_is_seen(tmp_path, tokenizers):
+    table = [verl_row(f"{i}?", "<think>\nHm.\n</think>\n\n#### 1" if i else "#### 1", "1") for i in range(5)]
+    file = write(tmp_path / "a.parquet", table)
+    options = ("--tokenizer", str(tokenizers / "qwen3"), "--show", "5")
+    status, found, result = checked(tmp_path, file, *options, "--template-kwargs", '{"open_thinking": true}')
+    assert status == 0 and found["think"]["count"] == 1 and found["think"]["examples"][0]["row"] == 1
+    for shown in result["rendered"]:
+        assert "".join(shown["prompt_tokens"] + shown["tokens"]).count("<think>") == 1
+    assert "think" not in checked(tmp_path, file, *options)[1]
+
+
+def test_eos_at_which_rollouts_do_not_stop_is_harm(tmp_path, tokenizers):
+    folder = tmp_path / "tokenizer"
+    tokenizer = tiny("qwen2.5")
+    tokenizer.save_pretrained(folder)
+    file = write(tmp_path / "a.parquet", rows(5))
+    for stops, expected in (
+        ([tokenizer.eos_token_id, 0], 0),
+        ([tokenizer.pad_token_id], 1),
+        (tokenizer.eos_token_id, 0),
+    ):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}), encoding="utf-8")
+        assert checked(tmp_path, file, "--tokenizer", str(folder))[0] == expected
+    assert checked(tmp_path, file, "--tokenizer", str(folder), "--eos", tokenizer.pad_token)[0] == 1
+
+
+def test_several_demonstrations_and_tools_are_checked_one_by_one(tmp_path, tokenizers):
+    say = {"role": "assistant", "content": "#### 1"}
+    turns = [{**say, "content": "look"}, {"role": "tool", "content": "it is one"}, say]
+    table = [verl_row("a?", [[say], turns], "1"), verl_row("b?", [[say], [say, say]], "1")]
+    options = ("--tokenizer", str(tokenizers / "qwen2.5"), "--show", "4")
+    status, found, result = checked(tmp_path, write(tmp_path / "a.parquet", table), *options)
+    assert status == 1 and result["demonstrations"] == 4 and result["usable"] == 3
+    assert found["unusable: bad_roles"]["examples"][0]["field"] == "target[1]"
+    assert result["rendered"][1]["eos_count"] == 2 and 0 in result["rendered"][1]["trained"]
+
+
+def test_mean_log_likelihood_is_the_models(tmp_path, tokenizers):
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from verl_hpt.data_likelihood import mean_log_likelihoods
+
+    torch.manual_seed(0)
+    sizes = dict(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
+    )
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tiny("qwen3")), **sizes)).eval()
+    model.save_pretrained(tmp_path / "model")
+    demo = EncodedDemo([5, 6, 7], [1, 0, 1])
+    with torch.no_grad():
+        logs = torch.log_softmax(model(torch.tensor([[1, 2, 5, 6, 7]])).logits[0], -1)
+    expected = float((logs[1, 5] + logs[3, 7]) / 2)
+    assert mean_log_likelihoods(str(tmp_path / "model"), [([1, 2], demo)]) == pytest.approx([expected], abs=1e-5)
+    file = write(tmp_path / "a.parquet", rows(20))
+    options = ("--tokenizer", str(tokenizers / "qwen3"), "--model", str(tmp_path / "model"), "--model-rows", "4")
+    _, _, result = checked(tmp_path, file, *options, "--report", str(tmp_path / "r.png"))
+    assert len(result["log_likelihood"]["values"]) == 4 and all(
+        -12 < v < -4 for v in result["log_likelihood"]["values"]
+    )
+    assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_json_is_all_that_standard_output_has_when_asked(tmp_path):
+    file = write(tmp_path / "a.parquet", rows(5))
+    code = "import sys; from verl_hpt.data import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "check", file, "--json", "-"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+    )
+    assert done.returncode == 0 and json.loads(done.stdout)["usable"] == 5
+
+
+def test_histogram_counts_every_value_once():
+    for values in ([1], [5, 5, 5], list(range(1000)), [1, 10**6], []):
+        bins = histogram(values)
+        assert sum(n for *_, n in bins) == len(values)
+        assert all(a[1] < b[0] for a, b in itertools.pairwise(bins))
