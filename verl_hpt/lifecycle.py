@@ -147,6 +147,7 @@ class Lifecycle:
             "hpt/history/retired": float(counts["history/retired"]),
             "hpt/history/cooling": float(counts["history/cooling"]),
             "hpt/history/early_gated": float((spared > 0).sum()),
+            "hpt/history/tokens_sampled": float(sum(question.lengths.sum() for question in questions)),
             "hpt/history/tokens_saved": saved,
             "hpt/history/tokens_saved_total": self.history.tokens_saved,
         }

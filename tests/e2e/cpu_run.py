@@ -35,8 +35,8 @@ actor_rollout_ref.rollout.tensor_model_parallel_size=1 actor_rollout_ref.rollout
 actor_rollout_ref.rollout.free_cache_engine=False +actor_rollout_ref.rollout.enable_sleep_mode=False
 actor_rollout_ref.rollout.agent.num_workers=1 reward.num_workers=1
 data.max_prompt_length=48 data.max_response_length=24 data.seed=1
-actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=64 actor_rollout_ref.actor.optim.lr=1e-3
-actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=64
+actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=16 actor_rollout_ref.actor.optim.lr=1e-3
+actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=16
 reward.reward_manager.source=importlib reward.reward_manager.name=RecordedRewards
 trainer.logger=[console,file] trainer.project_name=verl-hpt trainer.total_epochs=1000
 trainer.val_before_train=False trainer.test_freq=-1 algorithm.adv_estimator=hpt

@@ -4,6 +4,7 @@ LIVE_METHODS="hpt;sft;…": each trains ``LIVE_STEPS`` steps, in turn, in one tr
 as in ``hpt gate.threshold=0.5``. LIVE_FOLDER: where plans and loss inputs are written, a file a step.
 """
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -71,13 +72,13 @@ def _switch(trainer):
 def _record(loss):
     inner = loss.hpt_loss
 
-    @wrapt.decorator
-    def recorder(wrapped, instance, args, kwargs):
-        out, data, spec = kwargs["model_output"], kwargs["data"], kwargs["spec"]
+    @functools.wraps(inner)  # same name, so that it is pickled by name and each process has its own
+    def recorder(model_output, data, dp_group=None, *, spec):
+        out = model_output
         flat = out["log_probs"].values().detach().requires_grad_()
         with torch.enable_grad():
             again = {**out, "log_probs": torch.nested.nested_tensor_from_jagged(flat, out["log_probs"].offsets())}
-            wrapped(model_output=again, data=data, spec=spec)[0].backward()
+            inner(again, data, spec=spec)[0].backward()
         gradient = torch.nested.nested_tensor_from_jagged(flat.grad, out["log_probs"].offsets())
         columns = {"log_prob": out["log_probs"], "gradient": gradient, "entropy": out.get("entropy")}
         padded = {k: loss.no_padding_2_padding(v.detach(), data) for k, v in columns.items() if v is not None}
@@ -86,6 +87,6 @@ def _record(loss):
         record |= {k: rows[k].tolist() for k in spec.fields} | {"clip": vars(spec.constants)}
         number = len(list(FOLDER.glob(f"loss_{os.getpid()}_*.json")))
         (FOLDER / f"loss_{os.getpid()}_{number:03d}.json").write_text(json.dumps(record))
-        return wrapped(*args, **kwargs)
+        return inner(model_output, data, dp_group, spec=spec)
 
-    loss.hpt_loss = recorder(inner)
+    loss.hpt_loss = recorder

@@ -4,25 +4,24 @@ Rollouts differ from run to run; with these scores the gates of two runs can be 
 ``reward.reward_manager.source=importlib``. The record is a rule in the question's ``extra_info``:
 
 - ``{"rule": "random", "chance": p}``: solved with chance p, by a hash of question, step and session;
-- ``{"rule": "from_step", "step": s}``: no rollout is solved before step s, every one from then on;
+- ``{"rule": "rising", "step": s}``: the same, with a chance that rises from 0 at step s by 0.05 a step, up to 0.9;
 - ``{"rule": "never"}``.
 """
 
 import hashlib
 
-from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
+from verl.experimental.reward_loop.reward_manager.naive import NaiveRewardManager
 
 
 def score(rule: dict, index: int, step: int, session: int) -> float:
-    if rule["rule"] == "from_step":
-        return float(step >= rule["step"])
     if rule["rule"] == "never":
         return 0.0
+    chance = rule["chance"] if rule["rule"] == "random" else min(max(0.05 * (step - rule["step"]), 0.0), 0.9)
     digest = hashlib.blake2b(f"{index} {step} {session}".encode(), digest_size=8).digest()
-    return float(int.from_bytes(digest, "big") < rule["chance"] * 2**64)
+    return float(int.from_bytes(digest, "big") < chance * 2**64)
 
 
-class RecordedRewards(RewardManagerBase):
+class RecordedRewards(NaiveRewardManager):
     """Scores by the record; the answer is not looked at."""
 
     async def run_single(self, data):
