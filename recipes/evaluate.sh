@@ -2,7 +2,8 @@
 # avg@K and pass@K of a model on evaluation sets, with verl's own validation.
 #
 #   verl-hpt data eval-set outputs/eval --suffix '' aime24.json aime25.json amc23.json math-500.json minerva.json \
-#     olympiad-bench.json gpqa.json              # once: keys prompt and answer -> outputs/eval/*.parquet
+#     olympiad-bench.json                        # once: keys prompt and answer -> outputs/eval/*.parquet
+#   verl-hpt data eval-set outputs/eval gpqa.json # multiple choice: asks for the letter
 #   bash recipes/evaluate.sh MODEL               # a Hugging Face folder or name, or a checkpoint …/global_step_N
 #   K=32 bash recipes/evaluate.sh MODEL 'data.val_files=[/…/outputs/eval/aime24.parquet]'
 #

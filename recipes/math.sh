@@ -12,10 +12,11 @@
 #            Ours: clip 0.2/0.28; normalisation `question` with λ 0.1 (a demonstration's token then weighs about 1.6
 #            times a rollout's; the metric hpt/demo_to_rl_weight tells), 0.3 times that for the 1.5B model, as published.
 #            sft and sft_then_grpo: both stages take the settings above; the paper's own SFT settings may differ.
-# OFFICIAL=1 (hpt, luffy, srft) as the published code computes it: rewards over a fixed length, no clip (a range so wide
-#            that it never fires: verl bounds ratios at e^20 = 4.9e8), and λ = 16 (4.8 for 1.5B). That code averages
-#            demonstrations over micro-batches and ranks so that their weight grows with both; on its 8 ranks λ was
-#            worth 6 to 38. srft: its variant beside HPT (`srft_hpt`).
+# OFFICIAL=1 (hpt, luffy, srft) as the published code computes it: rollouts' tokens summed over the fixed length 8,192, no
+#            clip (a range so wide that it never fires: verl bounds ratios at e^20 = 4.9e8), and λ = 16 (4.8 for 1.5B).
+#            That code averages demonstrations within a micro-batch, so that their weight grows with the number of
+#            micro-batches and ranks; on its 8 ranks its λ of 1 was worth 6 to 38. srft: its variant beside HPT
+#            (`srft_hpt`), whose own worth was not worked out: the same 16.
 #            Not reproduced: steps with a gradient norm above 80 are not skipped (no plugin point in verl); the entropy
 #            bonus does not count demonstrations' tokens; demonstrations' weight does not change with micro-batches.
 # Data       TRAIN_FILE: Elliott/Openr1-Math-46k-8192 without LUFFY's system prompt, as published; made if it is not there.
