@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
     for row in rows:
         last = f" (last at step {row['taught_at']})" if row["uses"] else ""
         print(
-            f"{row['key']}  solved {row['solved']} of {row['rollouts']} at step {row['drawn_at']}, drawn {row['drawn']} "
-            f"times, taught {row['uses']}{last}, failed {row['failures']} in a row  {row.get('question', '')[:100]}"
+            f"{row['key']}  solved {row['solved']} of {row['rollouts']} at step {row['drawn_at']}, drawn "
+            f"{row['drawn']} times, taught {row['uses']}{last}, failed {row['failures']} in a row  {row.get('question', '')[:100]}"
         )
     return 0
