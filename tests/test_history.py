@@ -46,12 +46,17 @@ def test_keys_that_are_sixteen_hex_digits_keep_their_number_and_others_are_hashe
 # --- what is remembered -----------------------------------------------------------------------------------------------
 
 
-def observe(history, step, solved, taught=None, *, keys=None, n=4):
+def observe(history, step, solved, taught=None, *, keys=None, n=4, on_rl=None):
     """One step in which question i had solved[i] of n rollouts solved; on demonstrations where none is, unless said."""
     solved = np.array(solved)
     taught = solved == 0 if taught is None else np.array(taught, dtype=bool)
     keys = np.arange(1, len(solved) + 1, dtype=np.uint64) if keys is None else np.array(keys, dtype=np.uint64)
-    history.observe(step, Draw(keys, keys + np.uint64(1000), solved, np.full(len(solved), n), taught, ~taught))
+    history.observe(
+        step,
+        Draw(
+            keys, keys + np.uint64(1000), solved, np.full(len(solved), n), taught, ~taught if on_rl is None else on_rl
+        ),
+    )
 
 
 def columns(history, *names, questions=1):
@@ -76,7 +81,7 @@ def test_graduated_once_a_taught_question_trains_on_solved_rollouts():
     observe(history, 1, [0, 2, 0])
     observe(history, 2, [1, 3, 0], taught=[False, False, False])
     assert history.listing("graduated")["key"].tolist() == [1]
-    observe(history, 3, [0, 3, 1], taught=[True, False, True])
+    observe(history, 3, [0, 3, 1], taught=[True, False, True], on_rl=np.array([False, True, True]))
     assert history.listing("graduated")["key"].tolist() == [1], "taught while solved is no graduation"
     observe(history, 4, [0, 3, 1], taught=[True, False, False])
     assert sorted(history.listing("graduated")["key"].tolist()) == [1, 3]

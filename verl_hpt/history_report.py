@@ -79,8 +79,7 @@ def main(argv: list[str]) -> int:
     print(" · ".join(f"{name} {value:,.0f}" for name, value in result.items() if isinstance(value, int | float)))
     for row in rows:
         last = f" (last at step {row['taught_at']})" if row["uses"] else ""
-        print(
-            f"{row['key']}  solved {row['solved']} of {row['rollouts']} at step {row['drawn_at']}, drawn "
-            f"{row['drawn']} times, taught {row['uses']}{last}, failed {row['failures']} in a row  {row.get('question', '')[:100]}"
-        )
+        drawn = f"solved {row['solved']} of {row['rollouts']} at step {row['drawn_at']}, drawn {row['drawn']} times"
+        text = row.get("question", "")[:100]
+        print(f"{row['key']}  {drawn}, taught {row['uses']}{last}, failed {row['failures']} in a row  {text}")
     return 0

@@ -51,7 +51,8 @@ class Lifecycle:
         gate = settings.history.early_gate
         if gate is not None and gate.rollouts >= rollouts:
             raise UserError(
-                f"hpt.history.early_gate.rollouts={gate.rollouts} spares nothing: actor_rollout_ref.rollout.n is {rollouts}"
+                f"hpt.history.early_gate.rollouts={gate.rollouts} spares nothing: actor_rollout_ref.rollout.n is "
+                f"{rollouts}"
             )
 
     @property
@@ -169,8 +170,8 @@ class Lifecycle:
         text = f"the checkpoint has no history of its questions ({path} does not exist)"
         if self.matters and self.settings.history.on_missing == "error":
             raise UserError(
-                f"{text}, and {', '.join(self.matters)} would act as if no question had been drawn before. Resume from a "
-                "checkpoint that has it, or set hpt.history.on_missing=empty"
+                f"{text}, and {', '.join(self.matters)} would act as if no question had been drawn before. Resume "
+                "from a checkpoint that has it, or set hpt.history.on_missing=empty"
             )
         logger.warning("%s; it starts empty", text)
 
