@@ -221,9 +221,7 @@ class History:
         self._link(draw.prompts[order], rows)
         place = np.arange(len(keys))
         nth = place - np.maximum.accumulate(np.where(first, place, 0))
-        for turn in range(
-            int(nth.max()) + 1 if len(nth) else 0
-        ):  # a question twice in a batch: one draw, then the other
+        for turn in range(int(nth.max(initial=-1)) + 1):  # a question twice in a batch: one draw, then the other
             here = nth == turn
             self._draw_once(step, rows[here], order[here], draw)
 
