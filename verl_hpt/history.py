@@ -362,7 +362,7 @@ class History:
 
 
 def _pairs(keys: np.ndarray, places: np.ndarray) -> np.ndarray:
-    return _mix(keys ^ _mix(np.asarray(places, dtype=np.uint64) + np.uint64(1)))
+    return keys ^ _mix(np.asarray(places, dtype=np.uint64) + np.uint64(1))
 
 
 def _is(flags: np.ndarray, which: str) -> np.ndarray:
