@@ -60,6 +60,7 @@ def add_check(parser: argparse.ArgumentParser) -> None:
 
 def run_check(args: argparse.Namespace) -> int:
     """Check the file and report; 0 where nothing would hurt training, else 1. Raises `BadRow` or `UserError`."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # without it, a warning at every grader process
     result = check(args)
     from verl_hpt.data_report import as_json, draw, text
 
