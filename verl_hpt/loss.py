@@ -28,10 +28,9 @@ P_EDGES = tuple(i / 20 for i in range(21))
 W_EDGES = (
     0.0,
     *(10 ** (i / 4 - 3) for i in range(12)),
-    0.999,
-    1.001,
-    *(10 ** (i / 4) for i in range(1, 8)),
-    float("inf"),
+    *(0.999, 1.001),  # plain imitation
+    *(10 ** (i / 4) for i in range(1, 9)),
+    *(1e3, 1e4, float("inf")),
 )
 
 

@@ -40,6 +40,9 @@ class Run:
         # At T ≠ 1 verl divides logits by the rollouts' temperature; a demonstration's likelihood is at T = 1.
         self.row_temperature = rollout.temperature != 1.0 and not fused and bool(self.method.demos)
         self.marked = (ROW_FIELD, *(["temperature"] if self.row_temperature else []))
+        # verl's old-log-prob pass compares with the rollout engine's log-probs, which demonstrations do not have.
+        passes = "old_log_prob" in self.method.needs_of_demos and rollout.calculate_log_probs
+        self.pass_fields = ("rollout_log_probs",) if passes else ()
         self.lifecycle = Lifecycle(self.settings, rollout.n)
         self.best_score, self.rounds = float("-inf"), 0
         print(self.banner(verl, fused), flush=True)

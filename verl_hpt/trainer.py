@@ -264,7 +264,8 @@ def hybrid(base):
             self._put(keys, ~ours, partition, self.hpt.marks(plan, plan.layout[~ours], step.other_log_probs()))
             if ours.any():
                 real = next(key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding"))
-                like = tq.kv_batch_get([real], partition, select_fields=[f for f in fields if f not in self.hpt.marked])
+                copied = [*(name for name in fields if name not in self.hpt.marked), *self.hpt.pass_fields]
+                like = tq.kv_batch_get([real], partition, select_fields=copied)
                 if like["position_ids"].dim() != 2:
                     raise UserError("multi-modal position ids are not supported yet: they have several axes a row")
                 written.extend(key for key, own in zip(keys, ours, strict=True) if own)
