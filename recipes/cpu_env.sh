@@ -39,7 +39,8 @@ _cpu_install() {
 }
 
 cpu_environment() {
-  export VERL_PLATFORM=cpu HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false RAY_DEDUP_LOGS=1 RAY_USAGE_STATS_ENABLED=0
+  export VERL_PLATFORM=cpu HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=0
+  # A model this small is faster on one thread; threads that wait for one another cost more than they do.
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PATH=$venv/bin:$PATH
 }
 
@@ -53,6 +54,8 @@ cpu_args=(
   actor_rollout_ref.model.use_remove_padding=False ++actor_rollout_ref.model.override_config.attn_implementation=sdpa
   actor_rollout_ref.actor.strategy=fsdp2 actor_rollout_ref.actor.fsdp_config.strategy=fsdp2
   actor_rollout_ref.actor.fsdp_config.use_torch_compile=False
+  actor_rollout_ref.actor.use_dynamic_bsz=True actor_rollout_ref.actor.ppo_max_token_len_per_gpu=16384
+  actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=16384
   ++actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=fp32
   ++actor_rollout_ref.actor.fsdp_config.mixed_precision.reduce_dtype=fp32
   actor_rollout_ref.rollout.name=vllm actor_rollout_ref.rollout.dtype=float32

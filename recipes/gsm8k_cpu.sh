@@ -34,8 +34,7 @@ python -m verl_hpt.cpu.quickstart run "$run" --steps "$steps" --every 1 -- \
   data.train_files="$repo/$run/data/train.parquet" data.val_files="$repo/$run/data/val.parquet" data.val_max_samples=8 \
   data.train_batch_size=16 data.max_prompt_length=1152 data.max_response_length=1280 data.filter_overlong_prompts=True \
   actor_rollout_ref.model.path="$repo/$run/model" actor_rollout_ref.actor.optim.lr=1e-3 \
-  actor_rollout_ref.actor.ppo_mini_batch_size=8 actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4 \
-  actor_rollout_ref.rollout.n=2 actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=4 \
+  actor_rollout_ref.actor.ppo_mini_batch_size=8 actor_rollout_ref.rollout.n=2 \
   reward.custom_reward_function.path="$repo/verl_hpt/reward.py" \
   trainer.logger='[console,file]' trainer.project_name=verl-hpt trainer.experiment_name=gsm8k_cpu \
   trainer.total_training_steps="$steps" trainer.total_epochs=1 trainer.save_freq=-1 \

@@ -11,16 +11,16 @@
 # Expect     EXPECT_HERE
 # Needs      network for the installation only. Model and task are made here (verl_hpt/cpu/quickstart.py): a 2-layer
 #            byte-level Qwen2 with random weights learns to write words backwards from worked demonstrations.
-# Settings   METHOD, STEPS (default 100), SEED (of the weights), PYTHON; further arguments go to verl as overrides.
+# Settings   METHOD, STEPS (default 80), SEED (of the weights), PYTHON; further arguments go to verl as overrides.
 set -euo pipefail
 # shellcheck source=recipes/cpu_env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/cpu_env.sh"
 cd "$repo"
 
-method=${METHOD:-hpt} steps=${STEPS:-100} seed=${SEED:-0}
+method=${METHOD:-hpt} steps=${STEPS:-80} seed=${SEED:-0}
 run=outputs/quickstart
 case $method in
-  hpt) method_args=(algorithm.adv_estimator=hpt) ;;
+  hpt) method_args=(algorithm.adv_estimator=hpt ++hpt.demo_coef=0.5) ;;
   sft) method_args=(algorithm.adv_estimator=hpt ++hpt.method=sft) run=$run-sft ;;
   grpo) method_args=(algorithm.adv_estimator=grpo) run=$run-grpo ;;
   *) echo "error: METHOD=$method; choose hpt, grpo or sft." >&2; exit 2 ;;
@@ -35,12 +35,11 @@ python -m verl_hpt.cpu.quickstart data "$run/data"
 python -m verl_hpt.cpu.quickstart run "$run" --steps "$steps" -- \
   python -m verl.trainer.main_ppo "${cpu_args[@]}" "${method_args[@]}" \
   data.train_files="$repo/$run/data/train.parquet" data.val_files="$repo/$run/data/val.parquet" \
-  data.train_batch_size=32 data.max_prompt_length=48 data.max_response_length=36 data.seed=1 \
+  data.train_batch_size=64 data.max_prompt_length=48 data.max_response_length=36 data.seed=1 \
   actor_rollout_ref.model.path="$repo/$run/model" \
-  actor_rollout_ref.actor.ppo_mini_batch_size=8 actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=64 \
+  actor_rollout_ref.actor.ppo_mini_batch_size=16 actor_rollout_ref.rollout.n=4 \
   actor_rollout_ref.actor.optim.lr=1e-3 actor_rollout_ref.actor.optim.lr_scheduler_type=cosine \
-  actor_rollout_ref.actor.optim.min_lr_ratio=0.1 actor_rollout_ref.actor.optim.lr_warmup_steps=3 \
-  actor_rollout_ref.rollout.n=4 actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=128 \
+  actor_rollout_ref.actor.optim.min_lr_ratio=0.2 actor_rollout_ref.actor.optim.lr_warmup_steps=3 \
   reward.custom_reward_function.path="$repo/verl_hpt/reward.py" reward.custom_reward_function.name=hash_answer \
   trainer.logger='[console,file]' trainer.project_name=verl-hpt trainer.experiment_name="$(basename "$run")" \
   trainer.total_training_steps="$steps" trainer.total_epochs=1000 trainer.save_freq=-1 \

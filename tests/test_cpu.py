@@ -188,7 +188,7 @@ def test_tokens_are_bytes_and_demonstrations_fit_the_recipe(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    text = "Reverse: kwtab\n#### batwk é"
+    text = "Reverse: badge\n#### egdab é"
     assert loaded.encode(text) == tokenizer.encode(text) and len(loaded.encode(text)) == len(text.encode())
     assert loaded.decode(loaded.encode(text)) == text
     assert len(loaded.encode("\n")) == 1  # verl's agent loop leans on it

@@ -7,16 +7,16 @@
 The task: write a word of five random letters backwards. A demonstration builds the answer letter by letter, in the
 form GSM8K's solutions have, with the answer after `####`:
 
-    question       Reverse: kwtab
-    demonstration  b
-                   ba
-                   bat
-                   batw
-                   batwk
-                   #### batwk
+    question       Reverse: badge
+    demonstration  e
+                   eg
+                   egd
+                   egda
+                   egdab
+                   #### egdab
 
-Of the 26^5 (11.9 million) questions 2,048 are trained on and 128 others validate. Random weights never solve one, so
-reinforcement learning alone has nothing to reinforce.
+The letters are a to l. Of those 12^5 (248,832) questions 2,048 are trained on and 128 others validate. Random weights
+never solve one, so reinforcement learning alone has nothing to reinforce.
 """
 
 import argparse
@@ -24,7 +24,6 @@ import json
 import os
 import random
 import signal
-import string
 import subprocess
 import sys
 import time
@@ -32,6 +31,7 @@ import time
 from verl_hpt.errors import UserError
 
 SOURCE = "verl-hpt/reverse"
+ALPHABET = "abcdefghijkl"
 LETTERS = 5
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -62,7 +62,7 @@ def questions(train: int = 2048, val: int = 128, seed: int = 0) -> tuple[list[di
     draw = random.Random(seed)
     words: dict[str, None] = {}  # a dict keeps the order of the draw, a set would not
     while len(words) < train + val:
-        words["".join(draw.choice(string.ascii_lowercase) for _ in range(LETTERS))] = None
+        words["".join(draw.choice(ALPHABET) for _ in range(LETTERS))] = None
     drawn = list(words)
     return (
         [row(word, "train", i) for i, word in enumerate(drawn[val:])],
