@@ -5,6 +5,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -170,11 +172,14 @@ def test_limit_holds_once_a_process_is_up():
 
 
 def test_memory_blow_up_ends_in_its_own_process():
-    # Bounded by address space; needs a limit that importing SymPy fits in.
-    pool = reward.Pool(1, 1024)
-    reply = pool.grade("\\boxed{2^{99999999999}}", "5", 20.0)
-    assert reply["score"] == 0.0
-    assert pool.grade("\\boxed{\\frac{2}{4}}", "0.5", 30.0) == {"score": 1.0}
+    """The limit holds in the grader's process, and after an expression of a billion digits the pool still grades."""
+    code = "from verl_hpt import reward_worker as w; w._limit_memory(512); bytearray(2**30)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 1 and done.stderr.strip().endswith("MemoryError")
+    pool = reward.Pool(1, 300)
+    reply = pool.grade("\\boxed{10^{10^{8}} \\cdot 10^{10^{8}} + 7^{10^{8}}}", "5", 5.0)
+    assert reply["score"] == 0.0 and reply["error"]
+    assert pool.grade("\\boxed{0.5}", "0.5", 30.0) == {"score": 1.0}
     pool.close()
 
 
