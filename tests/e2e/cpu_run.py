@@ -52,7 +52,7 @@ def question(index: int, rule: dict, source: str, demos: int) -> dict:
         "prompt": [{"role": "user", "content": f"Reverse {index}: {word}"}],
         "ability": "string",
         "reward_model": {"style": "rule", "ground_truth": word[::-1]},
-        "extra_info": {"split": "train", "index": index, "step": 0, "chance": 0.0, **rule},
+        "extra_info": {"split": "train", "index": index, "step": 0, "chance": 0.0, "lost": -1, **rule},
         "target": [f"{word[::-1]} {'!' * i}" for i in range(demos)],
     }
 

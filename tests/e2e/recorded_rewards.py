@@ -6,6 +6,8 @@ Rollouts differ from run to run; with these scores the gates of two runs can be 
 - ``{"rule": "random", "chance": p}``: solved with chance p, by a hash of question, step and session;
 - ``{"rule": "rising", "step": s}``: the same, with a chance that rises from 0 at step s by 0.05 a step, up to 0.9;
 - ``{"rule": "never"}``.
+
+With ``"lost": i`` beside it, session i of the question fails: its reward raises, and the group comes back without it.
 """
 
 import hashlib
@@ -27,5 +29,7 @@ class RecordedRewards(NaiveRewardManager):
     async def run_single(self, data):
         row = data[-1:].non_tensor_batch
         rule = row["extra_info"][0]
+        if int(row["session_id"][0]) == rule["lost"]:
+            raise RuntimeError("this session is on record as lost")
         reward = score(rule, int(rule["index"]), int(row["global_steps"][0]), int(row["session_id"][0]))
         return {"reward_score": reward, "reward_extra_info": {"acc": reward}}
