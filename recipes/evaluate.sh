@@ -9,7 +9,7 @@
 #
 # Hardware   GPUS of any kind that hold the model (default 8)
 # Time       not measured by us
-# Versions   composed and validated in CI against verl 0.9.1; not yet run on GPUs by us
+# Versions   composed and validated in CI against verl 0.9.1; run on a CPU with a two-layer model, not yet on GPUs
 # Expect     OUT/metrics.jsonl, one line: val-core/SET/acc/mean@K is avg@K. val-core/SET/acc/best@K/mean is verl's estimate
 #            of pass@K, a bootstrap of the K answers drawn with replacement, so it is too low: where 1 of 8 answers is
 #            right, best@8 is 1 - (7/8)^8 = 0.66 and pass@8 is 1. All answers and scores: OUT/answers.
@@ -28,7 +28,7 @@ shift
 shopt -s nullglob
 files=("$sets"/*.parquet)
 if [ ${#files[@]} -eq 0 ]; then
-  echo "error: no parquet file in $sets; make them with verl-hpt data eval-set (this script's header), or set EVAL_DIR." >&2
+  echo "error: no parquet file in $sets; make them with verl-hpt data eval-set (see the header) or set EVAL_DIR." >&2
   exit 2
 fi
 if [ -d "$model/actor" ]; then  # a checkpoint of verl's: merge its shards once

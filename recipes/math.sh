@@ -6,7 +6,7 @@
 #            srft           LUFFY's group, entropy-weighted imitation beside it, lr 1e-6
 #            grpo           the baseline: verl's own estimator, advantage and loss; this package takes no part
 #            sft            demonstrations only, token mean, in the same trainer (rollout.n=1: rollouts feed metrics only)
-#            sft_then_grpo  sft, its last checkpoint merged by verl, then grpo from there
+#            sft_then_grpo  sft, its last checkpoint merged by verl (which writes bfloat16), then grpo from there
 # Settings   as published: 128 questions, 8 rollouts at T = 1, prompt 1,024, response 8,192, mini-batch 64, lr 5e-6
 #            constant, 500 steps, AdamW with weight decay 0.01, gradient clip 1.0, entropy 0.001, no KL.
 #            Ours: clip 0.2/0.28; normalisation `question` with λ 0.1 (a demonstration's token then weighs about 1.6
@@ -26,6 +26,7 @@
 # Others     MODEL_PATH (folder or hub name), OUT (default outputs/NAME-METHOD), STEPS (500), SFT_STEPS (500); further
 #            arguments go to verl as overrides, of both stages where there are two.
 # A run that was stopped goes on from its last checkpoint when it is started again.
+# Tried      sft_then_grpo whole, then evaluate.sh: two steps a stage of a two-layer model on a CPU. Nothing yet on GPUs.
 # shellcheck shell=bash disable=SC2154
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -46,7 +47,7 @@ train_file=$(realpath -m "${TRAIN_FILE:-$repo/outputs/data/openr1-math-46k.parqu
 sets=$repo/outputs/eval
 val_files=${VAL_FILES:-[$sets/aime24.parquet,$sets/amc23.parquet,$sets/math-500.parquet]}
 if [ -z "${VAL_FILES:-}" ] && [ ! -f "$sets/math-500.parquet" ]; then
-  echo "error: no validation files in $sets. Make them (verl-hpt data eval-set: see recipes/math.sh) or set VAL_FILES." >&2
+  echo "error: no validation files in $sets. Make them with verl-hpt data eval-set (recipes/math.sh) or set VAL_FILES." >&2
   exit 2
 fi
 
