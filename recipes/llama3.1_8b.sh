@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The paper's weak start: Llama-3.1-8B, a base model without a chat template. The gate is wider: a question stays with its
-# demonstration until more than 2 of its 8 rollouts are right.
+# The paper's weak start: Llama-3.1-8B, a base model without a chat template. The gate is wider: a question stays with
+# its demonstration until more than 2 of its 8 rollouts are right.
 #
 #   METHOD=hpt bash recipes/llama3.1_8b.sh                # hpt | luffy | srft | grpo | sft | sft_then_grpo
 #
