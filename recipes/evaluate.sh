@@ -10,8 +10,8 @@
 # Hardware   GPUS of any kind that hold the model (default 8)
 # Time       not measured by us
 # Versions   composed and validated in CI against verl 0.9.1; run on a CPU with a two-layer model, not yet on GPUs
-# Expect     OUT/metrics.jsonl, one line: val-core/SET/acc/mean@K is avg@K. val-core/SET/acc/best@K/mean is verl's estimate
-#            of pass@K, a bootstrap of the K answers drawn with replacement, so it is too low: where 1 of 8 answers is
+# Expect     OUT/metrics.jsonl, one line: val-core/SET/acc/mean@K is avg@K. val-core/SET/acc/best@K/mean is verl's
+#            estimate of pass@K, a bootstrap of the K answers drawn with replacement, so it is too low: where 1 of 8 answers is
 #            right, best@8 is 1 - (7/8)^8 = 0.66 and pass@8 is 1. All answers and scores: OUT/answers.
 # Prompts    --suffix '' where the chat template itself asks for \boxed{} (Qwen2.5-Math's, recipes/llama3.1_8b.sh's);
 #            without it eval-set adds that request to every question. Evaluate as you train.
