@@ -87,7 +87,7 @@ class Training:
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "RAY_USAGE_STATS_ENABLED": "0",
-            "OMP_NUM_THREADS": "2",
+            "OMP_NUM_THREADS": "1",
             "VERL_FILE_LOGGER_PATH": str(self.metrics_file),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }
