@@ -16,6 +16,9 @@ What is set, registered or patched, why, and when it can go:
 - shared memory may close under live tensors (`patches.py`): on a CPU `.to(device)` does not copy. Until verl copies.
 - the replay buffer polls every 0.1 s, not 2 s (`patches.py`): with a tiny model that poll is half of a step. Until verl
   has a setting for it.
+- a critic loads with sdpa (`patches.py`): verl asks for flash attention 2 there, always. Until it reads its config.
+- a reference model is not offloaded (`patches.py`): verl pins its memory, which needs an accelerator. Until verl asks
+  the platform.
 - no weight packing in vLLM (`vllm.py`): packed layers lose their weight loader, so the second weight sync fails. Until
   vLLM can reload them.
 

@@ -20,6 +20,8 @@ def apply() -> None:
     wrapt.when_imported("torch.distributed")(fold_backends)
     wrapt.when_imported("verl.workers.rollout.vllm_rollout.bucketed_weight_transfer")(tolerate_live_views)
     wrapt.when_imported("verl.trainer.ppo.v1.replay_buffer")(poll_faster)
+    wrapt.when_imported("verl.utils.model")(critic_without_flash_attention)
+    wrapt.when_imported("verl.workers.engine.fsdp.transformer_impl")(nothing_to_offload)
 
 
 def _once(function, make):
@@ -93,3 +95,27 @@ def poll_faster(replay_buffer) -> None:
         return with_interval
 
     replay_buffer.ReplayBuffer.__init__ = _once(replay_buffer.ReplayBuffer.__init__, make)
+
+
+def critic_without_flash_attention(model) -> None:
+    """verl loads a critic with flash attention 2, whatever the config says, and blames a missing trl where it fails."""
+
+    def make(load):
+        def with_sdpa(*args, **kwargs):
+            from transformers import AutoModelForTokenClassification as auto
+
+            from_pretrained = auto.from_pretrained
+            auto.from_pretrained = lambda *a, **k: from_pretrained(*a, **{**k, "attn_implementation": "sdpa"})
+            try:
+                return load(*args, **kwargs)
+            finally:
+                del auto.from_pretrained  # the inherited one shows again
+
+        return with_sdpa
+
+    model.load_valuehead_model = _once(model.load_valuehead_model, make)
+
+
+def nothing_to_offload(engine) -> None:
+    """A reference model's parameters go to pinned memory, which needs an accelerator; here they are on the CPU anyway."""
+    engine.CPUOffloadPolicy = lambda pin_memory=True: None
