@@ -74,7 +74,9 @@ GOLDEN = [
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize(("golden", "normalization", "demo_coef", "rl", "demo"), GOLDEN)
-def test_golden_numbers_over_every_split_into_micro_batches_and_ranks(golden, normalization, demo_coef, rl, demo, ranks):
+def test_golden_numbers_over_every_split_into_micro_batches_and_ranks(
+    golden, normalization, demo_coef, rl, demo, ranks
+):
     """Every way to cut each rank's rows in order; a rank's loss is the sum over its micro-batches, the step's the mean
     over ranks, as verl's engine and FSDP have it."""
     (case, log_prob), method = golden, METHODS["hpt"]
@@ -216,7 +218,9 @@ def test_step_without_any_active_token_has_a_gradient_of_zeros(engine, ranks):
 @pytest.mark.parametrize("ranks", RANKS)
 def test_steps_of_only_one_kind(engine, ranks):
     def sums(name):
-        return {key: value for key, value in engine[ranks][name, "2 fixed"]["metrics"].items() if key.startswith("hpt/")}
+        return {
+            key: value for key, value in engine[ranks][name, "2 fixed"]["metrics"].items() if key.startswith("hpt/")
+        }
 
     only_demos, only_rollouts = sums("demonstrations only"), sums("rollouts only")
     assert only_demos["hpt/rl_tokens"] == [0] and only_demos["hpt/demo_tokens"][0] > 0
@@ -228,7 +232,7 @@ def test_steps_of_only_one_kind(engine, ranks):
 
 @pytest.mark.parametrize("questions_per_step", [32, 64, 50])
 def test_any_number_of_questions_on_rl_gives_equal_steps_on_every_rank(questions_per_step):
-    """R of 128 questions on RL, 8 ranks: verl's own cut (a contiguous chunk a rank, in order) finds the plan's steps."""
+    """R of 128 questions on RL, 8 ranks: verl's cut (a contiguous chunk a rank, in order) finds the plan's steps."""
     draw = np.random.default_rng(0)
     settings = PlanSettings(
         METHODS["hpt"], "question", 64.0, questions_per_step=questions_per_step, ranks=8, rows_multiple=2

@@ -31,6 +31,7 @@ from verl_hpt.gate import GateSettings
 from verl_hpt.loss import ROW_FIELD, LossSpec, hpt_loss
 from verl_hpt.mixing import Plan, PlanSettings, plan
 
+
 def worker_on(model: str) -> TrainingWorker:
     """verl's training worker of this rank, its model in float32, its optimizer's step left out."""
     fp32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
