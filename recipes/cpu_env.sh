@@ -13,7 +13,7 @@ cpu_install() {
     return 1
   }
   want=$(cksum <"$repo/pyproject.toml")
-  if [ -e "$stamp" ] && [ "$(cat "$stamp")" = "$want" ]; then return 0; fi
+  if [ "$(cat "$stamp-${CPU_EXTRAS:-cpu}" 2>/dev/null)" = "$want" ]; then return 0; fi
   echo "Installing into $venv (2-4 minutes the first time) ..."
   local log=$repo/outputs/install.log
   mkdir -p "$repo/outputs"
@@ -22,7 +22,7 @@ cpu_install() {
     echo "error: the installation failed; the lines above are the last of $log." >&2
     return 1
   fi
-  echo "$want" >"$stamp"
+  echo "$want" | tee "$stamp-cpu" >"$stamp-${CPU_EXTRAS:-cpu}"
 }
 
 _cpu_install() {

@@ -117,5 +117,5 @@ def critic_without_flash_attention(model) -> None:
 
 
 def nothing_to_offload(engine) -> None:
-    """A reference model's parameters go to pinned memory, which needs an accelerator; here they are on the CPU anyway."""
+    """A reference model's parameters go to pinned memory, which needs an accelerator; here they are on the CPU."""
     engine.CPUOffloadPolicy = lambda pin_memory=True: None

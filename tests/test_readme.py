@@ -1,0 +1,37 @@
+"""The README says what is there: its example is the tested file, its tree has every module, its table every setting."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+from verl_hpt import config
+from verl_hpt.estimator import METHODS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_example_of_a_method_is_the_file_that_the_tests_run():
+    code = (ROOT / "tests" / "example_method.py").read_text(encoding="utf-8").split('"""\n\n', 1)[1].strip()
+    assert f"```python\n{code}\n```" in README
+
+
+def test_every_module_is_in_the_file_tree():
+    tree = README.split("```text\nverl_hpt/")[1].split("```")[0]
+    for path in (ROOT / "verl_hpt").glob("*.py"):
+        if path.stem != "__init__" and not path.stem.startswith("data"):
+            assert re.search(rf"\b{path.name}\b", tree), path.name
+
+
+def test_every_setting_and_every_method_is_named():
+    for field in dataclasses.fields(config.Settings):
+        assert f"`hpt.{field.name}" in README or f"hpt.{field.name}." in README, field.name
+    for kind, prefix in ((config.Gate, "gate"), (config.Demo, "demo")):
+        for field in dataclasses.fields(kind):
+            assert f"`hpt.{prefix}.{field.name}`" in README or f"`.{field.name}`" in README, f"{prefix}.{field.name}"
+    for name in METHODS:
+        assert f"`{name}`" in README or name == "squared", name
+
+
+def test_no_placeholder_is_left():
+    assert not re.findall(r"\b[A-Z]{4,}_[A-Z_]{4,}\b", re.sub(r"VERL_[A-Z_]+|OMP_[A-Z_]+", "", README))
