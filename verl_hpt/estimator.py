@@ -47,12 +47,25 @@ def evaluate(estimator: Estimator, tokens: Tokens) -> tuple[Tensor, Tensor, Tens
         surrogate: (rows, response_len), the value Â · f(p)/π_ref whose gradient that is, clipped where the mask says.
         keep: (rows, response_len), the mask, 1 where the token learns.
     """
+    advantage, value = estimator.advantage(tokens), None
+    coefficient = surrogate = _over_reference(estimator.reference, tokens, advantage)
+    if estimator.likelihood is not parts.plain:  # factors of 1 are not multiplied: a pass over all tokens each
+        value, slope = estimator.likelihood(tokens)
+        coefficient, surrogate = coefficient * slope, surrogate * value
+    if estimator.mask is parts.everywhere:
+        return coefficient, surrogate, tokens.ones()
     keep, bound = estimator.mask(tokens)
-    ratio = (tokens.log_prob - estimator.reference(tokens)).exp()
-    advantage = estimator.advantage(tokens)
-    value, slope = estimator.likelihood(tokens)
-    clipped = torch.zeros_like(ratio) if bound is None else bound
-    return keep * ratio * advantage * slope, torch.where(keep > 0, ratio, clipped) * advantage * value, keep
+    stopped = tokens.zeros() if bound is None else bound * advantage
+    stopped = stopped if value is None else stopped * value
+    return keep * coefficient, torch.where(keep > 0, surrogate, stopped), keep
+
+
+def _over_reference(reference: Part, tokens: Tokens, advantage: Tensor) -> Tensor:
+    """π_θ/π_ref · Â; for the two references that most methods have, without another pass of exp."""
+    if reference is parts.current:
+        return advantage.expand_as(tokens.log_prob)
+    ratio = tokens.ratio() if reference is parts.old else (tokens.log_prob - reference(tokens)).exp()
+    return ratio * advantage
 
 
 def coefficient(estimator: Estimator, tokens: Tokens) -> Tensor:
@@ -82,11 +95,14 @@ def row_terms(method: Method, tokens: Tokens, is_demo: Tensor) -> RowTerms:
     Under w_rl stands the rollouts' estimator on rollouts and the R term on demonstrations; under w_demo the S term, on
     either (S³FT imitates own rollouts). The value of an S term is coefficient · log π.
     """
-    zero = torch.zeros_like(tokens.log_prob)
-    rl, value, keep = evaluate(method.rollouts, tokens) if method.rollouts is not None else (zero, zero, tokens.ones())
-    on_demo = (zero, zero, tokens.ones()) if method.r_estimator is None else evaluate(method.r_estimator, tokens)
-    rl, value, keep = (torch.where(is_demo, d, r) for d, r in zip(on_demo, (rl, value, keep), strict=True))
-    demo = coefficient(method.s_estimator, tokens) if method.s_estimator is not None else zero
+    nothing = (tokens.zeros(), tokens.zeros(), tokens.ones())
+    rl, value, keep = nothing if method.rollouts is None else evaluate(method.rollouts, tokens)
+    if method.r_estimator is not None:
+        on_demo = evaluate(method.r_estimator, tokens)
+        rl, value, keep = (torch.where(is_demo, d, r) for d, r in zip(on_demo, (rl, value, keep), strict=True))
+    if method.s_estimator is None:
+        return RowTerms(rl, nothing[0], value, nothing[0], keep)
+    demo = coefficient(method.s_estimator, tokens)
     return RowTerms(rl, demo, value, demo * tokens.log_prob, keep)
 
 

@@ -32,6 +32,13 @@ W_EDGES = (
     *(10 ** (i / 4) for i in range(1, 9)),
     *(1e3, 1e4, float("inf")),
 )
+# Sums that add up over micro-batches and ranks, the same in every micro-batch: of rollouts' rows and demonstrations'.
+SUMS = (
+    "loss_rl", "loss_demo", "strength_rollouts", "strength_demos", "clipped_rollouts", "clipped_demos",
+    "tokens_rollouts", "demo_tokens", "rl_tokens", "rl_tokens_demos", "nll_rollouts", "demo_nll", "approx_kl",
+    "approx_kl_demos", *(f"demo_p_{i}" for i in range(len(P_EDGES) - 1)),
+    *(f"demo_w_{i}" for i in range(len(W_EDGES) - 1)),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,11 @@ class LossSpec:
 
 
 def hpt_loss(model_output, data, dp_group=None, *, spec: LossSpec):
-    """verl's loss function protocol. Returns the loss, a scalar on the graph, and metrics as sums."""
+    """verl's loss function protocol. Returns the loss, a scalar on the graph, and metrics as sums.
+
+    Raises:
+        KeyError: a promised field is absent; names it.
+    """
     log_prob = no_padding_2_padding(model_output["log_probs"], data)
     entropy = model_output.get("entropy")
     wanted = "entropy" in spec.method.needs or spec.entropy_coeff != 0
@@ -60,83 +71,106 @@ def hpt_loss(model_output, data, dp_group=None, *, spec: LossSpec):
     if missing or (wanted and entropy is None):
         missing += ["entropy"] if wanted and entropy is None else []
         raise KeyError(f"the actor update lacks the field(s) {', '.join(missing)}; it has {', '.join(sorted(present))}")
-    rows = data.select(*spec.fields).to_padded_tensor()
     log_prob = log_prob if log_prob.dtype == torch.float64 else log_prob.float()
     entropy = None if entropy is None or not wanted else no_padding_2_padding(entropy, data).to(log_prob.dtype)
 
-    column = dict(zip(ROW_COLUMNS, rows[ROW_FIELD].to(log_prob.dtype).unsqueeze(-1).unbind(1), strict=True))
-    mask, is_demo = rows["response_mask"].bool(), column["is_demo"].bool()
+    of_row = data[ROW_FIELD]
+    of_row = (of_row.values() if of_row.is_nested else of_row).reshape(len(data), len(ROW_COLUMNS), 1)
+    column = dict(zip(ROW_COLUMNS, of_row.to(log_prob.dtype).unbind(1), strict=True))
+    rows = data.select(*(name for name in spec.fields if name != ROW_FIELD)).to_padded_tensor()
+    mask = rows.pop("response_mask").bool()
+    off = ~mask
+
+    def blanked(x: Tensor) -> Tensor:
+        """0 off the mask, so that nothing that stands there can leak."""
+        return x.detach().to(log_prob.dtype).masked_fill(off, 0.0)
+
+    is_demo = column["is_demo"].bool()
     tokens = Tokens(
-        log_prob=log_prob.detach(),
+        log_prob=blanked(log_prob),
         mask=mask,
-        advantage=_cast(rows, "advantages", log_prob) if "advantages" in spec.fields else column["advantage"],
+        advantage=blanked(rows["advantages"]) if "advantages" in spec.fields else column["advantage"],
         reward=column["reward"],
         correct=column["correct"].bool(),
-        old_log_prob=_cast(rows, "old_log_probs", log_prob),
-        ref_log_prob=_cast(rows, "ref_log_prob", log_prob) if "ref_log_prob" in spec.fields else None,
-        entropy=None if entropy is None else entropy.detach(),
+        old_log_prob=blanked(rows["old_log_probs"]),
+        ref_log_prob=blanked(rows["ref_log_prob"]) if "ref_log_prob" in spec.fields else None,
+        entropy=None if entropy is None else blanked(entropy),
         other_log_prob=column["other_log_prob"],
         constants=spec.constants,
     )
     terms = row_terms(spec.method, tokens, is_demo)
     w_rl = column["w_rl"]
     if "rollout_is_weights" in spec.fields:
-        w_rl = w_rl * torch.where(is_demo, torch.ones_like(w_rl), _cast(rows, "rollout_is_weights", log_prob))
-    w_rl, w_demo = w_rl * mask, column["w_demo"] * mask
-
-    gradient = w_rl * terms.rl + w_demo * terms.demo
-    value = -(w_rl * terms.rl_value + w_demo * terms.demo_value)
-    ascent = -(gradient * log_prob).sum()
-    loss = ascent - ascent.detach() + value.sum()
-    sums = _sums(tokens, terms, is_demo, w_rl, w_demo, value)
+        w_rl = w_rl * torch.where(is_demo, torch.ones_like(w_rl), blanked(rows["rollout_is_weights"]))
+    del rows
+    loss, sums = _sum(log_prob, tokens, terms, column, w_rl)
+    names = SUMS
     if spec.entropy_coeff:
-        bonus = (column["w_entropy"] * mask * entropy).sum()
+        bonus = Weighted.apply(entropy, (column["w_entropy"] * tokens.entropy).sum(), column["w_entropy"] * mask)
         loss = loss - spec.entropy_coeff * bonus
-        sums["entropy_bonus"] = bonus
+        names, sums = (*names, "entropy_bonus"), [*sums, bonus.detach()]
     if spec.kl_coef:
-        kl = spec.kl_penalty(log_prob, tokens.ref_log_prob, spec.kl_type)
-        kl = torch.where(is_demo, torch.zeros_like(kl), w_rl.detach() * kl).sum()
+        kl = spec.kl_penalty(log_prob.masked_fill(off, 0.0), tokens.ref_log_prob, spec.kl_type)
+        kl = (torch.where(is_demo, torch.zeros_like(w_rl), w_rl) * kl * mask).sum()
         loss = loss + spec.kl_coef * kl
-        sums["kl_loss"] = kl
+        names, sums = (*names, "kl_loss"), [*sums, kl.detach()]
     scale = float(data["dp_size"])
-    names, values = list(sums), torch.stack([s.detach().float() for s in sums.values()]).tolist()
-    metrics = {f"hpt/{n}": Metric(AggregationType.SUM, v * scale) for n, v in zip(names, values, strict=True)}
-    return loss * scale, metrics
+    numbers = (torch.cat([x.reshape(-1).to(loss.dtype) for x in sums]) * scale).tolist()  # one transfer
+    return loss * scale, {f"hpt/{n}": Metric(AggregationType.SUM, x) for n, x in zip(names, numbers, strict=True)}
 
 
-def _cast(rows, name: str, like: Tensor) -> Tensor:
-    return rows[name].to(like.dtype)
+class Weighted(torch.autograd.Function):
+    """A given value whose gradient on ``of`` is the given weight: the one place where a loss meets the graph.
+
+    Coefficients are under stop-gradient, so no other gradient exists; nothing but the weight is kept for backward.
+    """
+
+    @staticmethod
+    def forward(ctx, of: Tensor, value: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (weight,) = ctx.saved_tensors
+        return weight * grad, None, None
 
 
-@torch.no_grad()
-def _sums(tokens: Tokens, terms: RowTerms, is_demo: Tensor, w_rl: Tensor, w_demo: Tensor, value: Tensor) -> dict:
-    """Sums that add up over micro-batches and ranks to what the driver shows; the same keys in every micro-batch."""
-    on_demo = tokens.mask & is_demo
-    on_rollout = tokens.mask & ~is_demo
-    rl, imitated = w_rl != 0, w_demo != 0
-    size = (w_rl * terms.rl + w_demo * terms.demo).abs()
-    clipped = (terms.keep == 0) & rl
-    p, learned = tokens.log_prob.exp(), on_demo & (rl | imitated)
-    # The weight of ∇ log π relative to plain imitation: the coefficient itself.
-    w = torch.where(imitated, terms.demo, terms.rl).abs()
-    sums = {
-        "loss_rl": value[~is_demo.squeeze(-1)].sum(),
-        "loss_demo": value[is_demo.squeeze(-1)].sum(),
-        "demo_nll": -(tokens.log_prob * on_demo).sum(),
-        "demo_tokens": on_demo.sum(),
-        "rl_tokens": (on_rollout & rl).sum(),
-        "strength_rollouts": (size * on_rollout).sum(),
-        "strength_demos": (size * on_demo).sum(),
-        "clipped_rollouts": (clipped & on_rollout).sum(),
-        "clipped_demos": (clipped & on_demo).sum() + ((terms.demo == 0) & imitated & on_demo).sum(),
-        "approx_kl": ((tokens.old_log_prob - tokens.log_prob) * (on_rollout & rl)).sum(),
-    }
-    sums |= _histogram("demo_p", p[learned], P_EDGES)
-    sums |= _histogram("demo_w", w[learned], W_EDGES)
-    return sums
+def _sum(log_prob: Tensor, tokens: Tokens, terms: RowTerms, column: dict, w_rl: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The terms under their weights summed, on the graph; and the numbers that ``SUMS`` names, in its order."""
+    with torch.no_grad():
+        mask, demo = tokens.mask, column["is_demo"].squeeze(-1)
+        rl, imitated = (column["w_rl"] != 0).squeeze(-1), (column["w_demo"] != 0).squeeze(-1)
+        w_rl, w_demo = w_rl * mask, column["w_demo"] * mask
+        gradient = (w_rl * terms.rl).addcmul_(w_demo, terms.demo).neg_()
+        value = w_rl.mul_(terms.rl_value).addcmul_(w_demo, terms.demo_value).sum(-1).neg_()
+        count = mask.sum(-1)
+        of_rows = torch.stack(  # sums over each row's tokens, then over the rows of a kind
+            [
+                value,
+                gradient.abs().sum(-1),
+                (mask & (terms.keep == 0)).sum(-1) * rl,
+                count,
+                count * rl,
+                tokens.log_prob.sum(-1).neg_(),
+                (tokens.old_log_prob - tokens.log_prob).sum(-1) * rl,
+            ]
+        )
+        taught = ((demo > 0) & (rl | imitated)).nonzero().squeeze(-1)
+        learned, s_rows, s_term = mask[taught], imitated[taught].unsqueeze(-1), terms.demo[taught]
+        of_kinds = of_rows @ torch.stack([1 - demo, demo], dim=1)
+        of_kinds[2, 1] += ((s_term == 0) & s_rows & learned).sum()  # an S term's mask stops tokens too
+        sums = [
+            of_kinds,
+            _histogram(tokens.log_prob[taught][learned].exp(), P_EDGES),
+            # The weight of ∇ log π relative to plain imitation: the coefficient itself.
+            _histogram(torch.where(s_rows, s_term, terms.rl[taught])[learned].abs(), W_EDGES),
+        ]
+        total = value.sum()
+    return Weighted.apply(log_prob, total, gradient), sums
 
 
-def _histogram(name: str, x: Tensor, edges: tuple[float, ...]) -> dict[str, Tensor]:
+def _histogram(x: Tensor, edges: tuple[float, ...]) -> Tensor:
+    """Counts of x between edges. -> (bins,)"""
     inner = torch.tensor(edges[1:-1], dtype=x.dtype, device=x.device)
-    counts = torch.bincount(torch.bucketize(x, inner), minlength=len(edges) - 1)
-    return {f"{name}_{i}": count for i, count in enumerate(counts)}
+    return torch.bincount(torch.bucketize(x, inner), minlength=len(edges) - 1)

@@ -56,13 +56,25 @@ class Tokens:
     entropy: Tensor | None = None  # token entropy of π_θ, nats
     other_log_prob: Tensor | None = None  # (rows, 1) mean log-prob of a demonstration under other models (POFT)
     constants: Constants = field(default_factory=Constants)
+    _ratio: Tensor | None = field(default=None, init=False, repr=False)
 
     def ones(self) -> Tensor:
-        return torch.ones_like(self.log_prob)
+        """1 on every token, one number in memory; not to be written to."""
+        return self.log_prob.new_ones(()).expand_as(self.log_prob)
+
+    def zeros(self) -> Tensor:
+        """0 on every token, one number in memory; not to be written to."""
+        return self.log_prob.new_zeros(()).expand_as(self.log_prob)
 
     def log_ratio(self) -> Tensor:
         """log π_θ/π_old, clamped to ±20 as verl does (``compute_policy_loss_vanilla``)."""
-        return (self.log_prob - self.old_log_prob).clamp(-20.0, 20.0)
+        return (self.log_prob - self.old_log_prob).clamp_(-20.0, 20.0)
+
+    def ratio(self) -> Tensor:
+        """π_θ/π_old; kept, since mask and reference both read it."""
+        if self._ratio is None:
+            self._ratio = self.log_ratio().exp_()
+        return self._ratio
 
     def row_mean(self, x: Tensor) -> Tensor:
         """Mean of x over the tokens of each row. (rows, response_len) -> (rows, 1)"""
@@ -121,12 +133,12 @@ def everywhere(tokens: Tokens):
 @part("mask", needs=("old_log_prob",))
 def ppo_clip(tokens: Tokens):
     """PPO's clip with verl's dual clip (arXiv 1707.06347, eq. 7; 1912.09729, eq. 5)."""
-    c, ratio, advantage = tokens.constants, tokens.log_ratio().exp(), tokens.advantage
+    c, ratio, advantage = tokens.constants, tokens.ratio(), tokens.advantage
     up = (advantage > 0) & (ratio > 1 + c.clip_high)
     down = (advantage < 0) & (ratio < 1 - c.clip_low)
     dual = (advantage < 0) & (ratio > c.clip_c)
-    bound = torch.where(dual, tokens.ones() * c.clip_c, ratio.clamp(1 - c.clip_low, 1 + c.clip_high))
-    return (~(up | down | dual)).to(ratio.dtype), bound
+    bound = ratio.clamp(1 - c.clip_low, 1 + c.clip_high).masked_fill_(dual, c.clip_c)
+    return (~up.logical_or_(down).logical_or_(dual)).to(ratio.dtype), bound
 
 
 @part("mask", needs=("old_log_prob",))
@@ -147,7 +159,7 @@ def correct_only(tokens: Tokens):
 @part("mask", needs=("old_log_prob",))
 def psft_clip(tokens: Tokens):
     """1[r ≤ 1 + ε]: a token stops learning once π_θ has moved that far from π_old (PSFT, arXiv 2508.17784, eq. 6)."""
-    ratio = tokens.log_ratio().exp()
+    ratio = tokens.ratio()
     limit = 1 + tokens.constants.psft_clip
     return (ratio <= limit).to(ratio.dtype), ratio.clamp(max=limit)
 
@@ -180,7 +192,7 @@ def clipped_old(tokens: Tokens) -> Tensor:
     Deviation from the paper, as in verl's ``cispo``: a lower bound too.
     """
     c = tokens.constants
-    return tokens.log_prob - tokens.log_ratio().exp().clamp(1 - c.clip_low, 1 + c.clip_high).log()
+    return tokens.log_prob - tokens.ratio().clamp(1 - c.clip_low, 1 + c.clip_high).log()
 
 
 @part("reference", needs=("old_log_prob",))
