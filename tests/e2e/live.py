@@ -77,7 +77,8 @@ def _record(loss):
         out = model_output
         flat = out["log_probs"].values().detach().requires_grad_()
         with torch.enable_grad():
-            again = {**out, "log_probs": torch.nested.nested_tensor_from_jagged(flat, out["log_probs"].offsets())}
+            again = {name: value.detach() for name, value in out.items()}
+            again["log_probs"] = torch.nested.nested_tensor_from_jagged(flat, out["log_probs"].offsets())
             inner(again, data, spec=spec)[0].backward()
         gradient = torch.nested.nested_tensor_from_jagged(flat.grad, out["log_probs"].offsets())
         columns = {"log_prob": out["log_probs"], "gradient": gradient, "entropy": out.get("entropy")}

@@ -165,6 +165,8 @@ def test_methods_with_critic_and_reference_train_with_every_extreme_on(tmp_path,
         "critic.ppo_micro_batch_size_per_gpu=6",
         "critic.ppo_mini_batch_size=4",
         "actor_rollout_ref.actor.use_kl_loss=True",
+        # The two models write the same field, and one in another dtype would vanish in TransferQueue.
+        "++actor_rollout_ref.ref.fsdp_config.mixed_precision.param_dtype=fp32",
         "actor_rollout_ref.actor.entropy_coeff=0.001",
         "actor_rollout_ref.actor.ppo_epochs=2",
         "actor_rollout_ref.actor.ppo_mini_batch_size=2",
