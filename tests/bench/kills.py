@@ -9,6 +9,7 @@ whether each checkpoint since the last kill has the history that the uninterrupt
 import argparse
 import random
 import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -35,6 +36,8 @@ def main() -> int:
     killed = Training(options.folder / "killed", rows(), overrides, prefix)
     good, compared = 0, 0
     for turn in range(options.kills):
+        if killed.checkpoint() > options.steps / 2:  # from the beginning again, so that there is always more to compare
+            shutil.rmtree(killed.checkpoints)
         resumed_from, lines = killed.checkpoint(), killed.logged()
         process = killed.start()
         start = time.monotonic()
