@@ -127,3 +127,12 @@ def test_running_mean_keeps_length_and_constants():
     assert report.smooth([1.0] * 7) == [1.0] * 7
     assert report.smooth([0.0, 3.0]) == [1.5, 1.5]
     assert report.smooth([5.0]) == [5.0]
+
+
+def test_several_validation_sets_make_the_papers_table_with_a_mean_only_over_all_of_them():
+    full = {"validation_by_source": {"aime24": [[0, 0.1], [9, 0.25]], "math-500": [[9, 0.5]]}}
+    part = {"validation_by_source": {"math-500": [[9, 0.8]]}}
+    lines = report.benchmarks({"one": full, "two": part}).splitlines()
+    assert lines[0].split() == ["run", "aime24", "math-500", "mean"]
+    assert lines[2].split() == ["one", "25.0", "50.0", "37.5"] and lines[3].split() == ["two", "–", "80.0", "–"]
+    assert report.benchmarks({"two": part}) == ""

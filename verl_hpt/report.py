@@ -160,7 +160,29 @@ def table(summaries: dict[str, dict]) -> str:
                 str(summary["steps"]),
             ]
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    return _aligned(rows)
+
+
+def benchmarks(summaries: dict[str, dict]) -> str:
+    """One row a run, one column a validation set: the last avg@N in percent, and their mean over sets.
+
+    The form of the table in HPT's paper (arXiv 2509.04419, table 2). "–" where a run was not validated on a set; such a
+    run has no mean, since means over different sets cannot be compared. "" where no run has several sets.
+    """
+    sets = sorted({source for summary in summaries.values() for source in summary["validation_by_source"]})
+    if len(sets) < 2:
+        return ""
+    rows = [["run", *sets, "mean"]]
+    for name, summary in summaries.items():
+        last = {source: 100 * points[-1][1] for source, points in summary["validation_by_source"].items()}
+        cells = [f"{last[source]:.1f}" if source in last else "–" for source in sets]
+        rows.append([name, *cells, f"{sum(last.values()) / len(sets):.1f}" if len(last) == len(sets) else "–"])
+    return _aligned(rows)
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    """Rows of cells as text, the first of them underlined."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("─" * width for width in widths), *lines[1:]])
 
@@ -272,6 +294,8 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         raise UserError(f"cannot write the report into {out}: {error}. Choose another place with --out DIR.") from None
     print(table(summaries))
+    if sets := benchmarks(summaries):
+        print(f"\nlast avg@N of each validation set, in percent\n{sets}")
     print(f"\n{os.path.join(out, 'report.png')} · {os.path.join(out, 'summary.json')}")
     return 0
 
