@@ -16,8 +16,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent / "e2e"))
 
 from cpu_run import Training, question
+from recorded_rewards import score
 
-from verl_hpt.history import History
+from verl_hpt.history import History, prompt_number
 
 
 def early(folder: Path, prefix: tuple[str, ...], steps: int = 40) -> None:
@@ -43,7 +44,7 @@ def early(folder: Path, prefix: tuple[str, ...], steps: int = 40) -> None:
         print(
             f"{name}: {sampled[name]:.0f} rollout tokens, estimated saved "
             f"{metrics[-1]['hpt/history/tokens_saved_total']:.0f}, {len(graduated[name])} questions graduated, "
-            f"validation none, last solve rate {metrics[-1]['hpt/solve_rate']:.2f}"
+            f"last solve rate {metrics[-1]['hpt/solve_rate']:.2f}"
         )
     print(f"saved: {1 - sampled['gated'] / sampled['full']:.1%}; same graduated: {len(set.union(*graduated.values()))}"
           f" in either, {graduated['full'] == graduated['gated']}")  # fmt: skip
@@ -51,47 +52,38 @@ def early(folder: Path, prefix: tuple[str, ...], steps: int = 40) -> None:
 
 def sources(folder: Path, prefix: tuple[str, ...], steps: int = 24) -> None:
     """Three sources with the same mix of chances and gates 0, 0.25 and 0.5; two of three demonstrations at a time."""
-    names, gates = ("openai/gsm8k", "math", "code"), (0.0, 0.25, 0.5)
-    rows = [question(i, {"rule": "random", "chance": (i // 3) % 8 / 8}, names[i % 3], 3) for i in range(48)]
-    own = ",".join(f"{name}:{{gate:{{threshold:{gate}}}}}" for name, gate in zip(names, gates, strict=True))
-    training = Training(
-        folder / "sources",
-        rows,
-        [
-            "data.train_batch_size=24",
-            "actor_rollout_ref.actor.ppo_mini_batch_size=12",
-            "actor_rollout_ref.rollout.n=8",
-            f"++hpt.per_source={{{own}}}",
-            "++hpt.demo={per_question: 2, select: unseen_first}",
-            f"trainer.total_training_steps={steps}",
-            f"trainer.save_freq={steps}",
-        ],
-        prefix,
-    )
+    gates = {"openai/gsm8k": 0.0, "math": 0.25, "code": 0.5}
+    rows = [question(i, {"rule": "random", "chance": (i // 3) % 8 / 8}, list(gates)[i % 3], 3) for i in range(48)]
+    own = ",".join(f"{name}:{{gate:{{threshold:{gate}}}}}" for name, gate in gates.items())
+    overrides = [
+        "data.train_batch_size=24",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=12",
+        "actor_rollout_ref.rollout.n=8",
+        f"++hpt.per_source={{{own}}}",
+        "++hpt.demo={per_question: 2, select: unseen_first}",
+        f"trainer.total_training_steps={steps}",
+        "trainer.save_freq=1",
+    ]
+    training = Training(folder / "sources", rows, overrides, prefix)
     training.run(limit=1500)
-    metrics = training.metrics()
-    from recorded_rewards import score
-
-    expected = {name: [] for name in names}
-    history = np.load(training.history(steps))
-    print(f"{int(history['drawn'].sum())} draws of {len(history['keys'])} questions")
-    for name, gate in zip(names, gates, strict=True):
-        for row in rows:
-            if row["data_source"] == name:
-                extra = row["extra_info"]
-                solved = [sum(score(extra, extra["index"], s, i) for i in range(8)) for s in range(1, steps + 1)]
-                expected[name].append(np.mean([k <= gate * 8 for k in solved]))
-        got = [
-            step[f"hpt/source/{name}/demo_share"]
-            for step in metrics.values()
-            if f"hpt/source/{name}/demo_share" in step
-        ]
-        print(f"{name}: gate {gate}, on demonstrations {np.mean(got):.3f}, by the record over all steps "
-              f"{np.mean(expected[name]):.3f}")  # fmt: skip
-    taught = [round(step["hpt/taught_share"] * 24) for step in metrics.values()]
-    rows_of_demos = [step["hpt/rows/demos"] for step in metrics.values()]
-    exact = all(rows == 2 * questions for rows, questions in zip(rows_of_demos, taught, strict=True))
-    print(f"two rows a demo question at every step: {exact} ({sum(taught)} questions, {sum(rows_of_demos):.0f} rows)")
+    metrics, wrong = training.metrics(), 0
+    draws, taught = dict.fromkeys(gates, 0), dict.fromkeys(gates, 0)
+    numbers = np.array([prompt_number(row["data_source"], row["prompt"]) for row in rows], dtype=np.uint64)
+    for step in range(1, steps + 1):
+        history = History.read(str(training.history(step)))
+        _, keys = history.keys_of_prompts(numbers)
+        drawn_at, taught_at = history.look_up(keys, "drawn_at", "taught_at")
+        for i in np.flatnonzero(drawn_at == step):
+            record, source = rows[i]["extra_info"], rows[i]["data_source"]
+            solved = sum(score(record, int(i), step, session) for session in range(8))
+            wrong += int((taught_at[i] == step) != (solved <= gates[source] * 8))
+            draws[source], taught[source] = draws[source] + 1, taught[source] + int(taught_at[i] == step)
+        questions, of_demos = sum(taught_at == step), metrics[step]["hpt/rows/demos"]
+        assert of_demos == 2 * questions, f"step {step}: {of_demos} rows of {questions} questions"
+    for source, gate in gates.items():
+        print(f"{source}: gate {gate}, {taught[source]} of {draws[source]} draws on demonstrations")
+    print(f"{wrong} of {sum(draws.values())} decisions differ from the recorded rewards' under the source's own gate")
+    print(f"two rows a demo question at every step ({2 * sum(taught.values())} rows)")
 
 
 def main() -> int:

@@ -9,6 +9,10 @@ import time
 
 import numpy as np
 from cpu_run import MARKER, Training, kill, question
+from recorded_rewards import score
+
+from verl_hpt import config
+from verl_hpt.history import History, prompt_number
 
 # All that depends on the history at once: gates by source and by step, several demonstrations by turns of use, their
 # retirement and rest, and the early gate.
@@ -73,5 +77,29 @@ def test_a_killed_run_goes_on_with_the_same_questions_demonstrations_and_history
     for step in (5, 6, 7, 8, 9):
         for name in compared:
             assert before[step].get(name) == after[step].get(name), f"{name} at step {step}"
-    history = np.load(first.history(10))
-    assert (history["uses"] > 0).any() and (history["flags"] & 4).any(), "some taught, some graduated"
+    follows_the_record(second)
+
+
+def follows_the_record(training: Training) -> None:
+    """Each question's last draw: solved as the record says, taught only under its own source's gate at that step."""
+    history, made = History.read(str(training.history(10))), rows()
+    known, keys = history.keys_of_prompts(
+        np.array([prompt_number(row["data_source"], row["prompt"]) for row in made], dtype=np.uint64)
+    )
+    columns = history.look_up(keys, "drawn_at", "taught_at", "solved", "rollouts")
+    settings = config.load(
+        {
+            "gate": {"threshold": {"start": 0.6, "end": 0.1, "steps": 20, "shape": "cosine"}},
+            "per_source": {"mix/b": {"gate": {"threshold": 0.3}}},
+        }
+    )
+    assert known.sum() > 20
+    for i, (drawn_at, taught_at, solved, rollouts) in enumerate(zip(*columns, strict=True)):
+        if known[i]:
+            record, source = made[i]["extra_info"], made[i]["data_source"]
+            assert solved == sum(score(record, i, drawn_at, session) for session in range(rollouts))
+            own = settings.per_source[source] if source in settings.per_source else settings
+            if taught_at == drawn_at:
+                assert solved <= own.gate.at(int(drawn_at)).threshold * rollouts + 1e-9
+    assert {1, 4} == set(history.column("rollouts").tolist()), "the early gate fired for some"
+    assert len(history.listing("graduated")["key"]) > 0
