@@ -98,7 +98,7 @@ def follows_the_record(training: Training) -> None:
         if known[i]:
             record, source = made[i]["extra_info"], made[i]["data_source"]
             assert solved == sum(score(record, i, drawn_at, session) for session in range(rollouts))
-            own = settings.per_source[source] if source in settings.per_source else settings
+            own = settings.per_source.get(source, settings)
             if taught_at == drawn_at:
                 assert solved <= own.gate.at(int(drawn_at)).threshold * rollouts + 1e-9
     assert {1, 4} == set(history.column("rollouts").tolist()), "the early gate fired for some"
