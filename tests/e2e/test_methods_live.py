@@ -76,8 +76,9 @@ def check(training: Training, methods: list[str]) -> None:
     before = None
     for turn, name in enumerate(methods):
         steps = range(turn * STEPS + 1, (turn + 1) * STEPS + 1)
-        assert all(0 < metrics[s]["actor/grad_norm"] < float("inf") for s in steps if "actor/grad_norm" in metrics[s])
-        assert any("actor/grad_norm" in metrics[s] for s in steps), name
+        # A step whose groups all agree has no gradient, and there are such steps; never three in a row.
+        norms = [metrics[s]["actor/grad_norm"] for s in steps if "actor/grad_norm" in metrics[s]]
+        assert all(0 <= norm < float("inf") for norm in norms) and max(norms) > 0, name
         for s in steps:
             assert metrics[s]["hpt/questions"] == 4 if "hpt/questions" in metrics[s] else s == 1
         after = weights(training, (turn + 1) * STEPS)
@@ -127,7 +128,7 @@ def compare_with_explain(folder: Path) -> dict[str, int]:
             expected = record["gradient"][place][:length]
             if EXTREMES and step > STEPS * len(PLAIN):
                 continue  # those have settings of their own
-            assert told_row["gradient"] == pytest.approx(expected, rel=1e-4, abs=1e-5 * max(map(abs, expected)) + 1e-9)
+            assert told_row["gradient"] == pytest.approx(expected, rel=1e-5, abs=1e-5 * max(map(abs, expected)) + 1e-9)
             compared[plan["method"]] += 1
     return compared
 
