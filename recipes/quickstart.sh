@@ -11,13 +11,13 @@
 # Expect     EXPECT_HERE
 # Needs      network for the installation only. Model and task are made here (verl_hpt/cpu/quickstart.py): a 2-layer
 #            byte-level Qwen2 with random weights learns to write words backwards from worked demonstrations.
-# Settings   METHOD, STEPS (default 80), SEED (of the weights), PYTHON; further arguments go to verl as overrides.
+# Settings   METHOD, STEPS (default 40), SEED (of the weights), PYTHON; further arguments go to verl as overrides.
 set -euo pipefail
 # shellcheck source=recipes/cpu_env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/cpu_env.sh"
 cd "$repo"
 
-method=${METHOD:-hpt} steps=${STEPS:-80} seed=${SEED:-0}
+method=${METHOD:-hpt} steps=${STEPS:-40} seed=${SEED:-0}
 run=outputs/quickstart
 case $method in
   hpt) method_args=(algorithm.adv_estimator=hpt ++hpt.demo_coef=0.5) ;;
@@ -37,7 +37,7 @@ python -m verl_hpt.cpu.quickstart run "$run" --steps "$steps" -- \
   data.train_files="$repo/$run/data/train.parquet" data.val_files="$repo/$run/data/val.parquet" \
   data.train_batch_size=64 data.max_prompt_length=48 data.max_response_length=36 data.seed=1 \
   actor_rollout_ref.model.path="$repo/$run/model" \
-  actor_rollout_ref.actor.ppo_mini_batch_size=16 actor_rollout_ref.rollout.n=4 \
+  actor_rollout_ref.actor.ppo_mini_batch_size=16 actor_rollout_ref.actor.ppo_epochs=2 actor_rollout_ref.rollout.n=4 \
   actor_rollout_ref.actor.optim.lr=1e-3 actor_rollout_ref.actor.optim.lr_scheduler_type=cosine \
   actor_rollout_ref.actor.optim.min_lr_ratio=0.2 actor_rollout_ref.actor.optim.lr_warmup_steps=3 \
   reward.custom_reward_function.path="$repo/verl_hpt/reward.py" reward.custom_reward_function.name=hash_answer \
