@@ -133,7 +133,7 @@ class Method:
             the demonstration where there is one (S³FT), else the data's.
         off_zone: the R term of the zone between ``gate.threshold`` and ``gate.off``, where that zone is switched on.
         normalization: the method's own (``hpt.normalization`` null).
-        source: arXiv id and place; formula: w on rollouts / on demonstrations.
+        source: arXiv id and place (numbers not all checked at the source); formula: w on rollouts / on demonstrations.
         unverified: known at second hand, or the sources disagree: what, in one line.
         approximate: what is only approximated, and how far off it is.
     """

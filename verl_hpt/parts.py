@@ -10,6 +10,9 @@ A method's gradient on one token is ``w · ∇ log π_θ`` with (arXiv 2509.0441
 - an **advantage** returns Â; one with ``over_group`` has it computed by the plan from the rewards of a question's rows;
 - a **likelihood** returns ``(f/p, f')`` of a function f(p) of the token's probability: (1, 1) for f(p) = p.
 
+Sources are arXiv ids. Formulas were compared with published code where there is some; section and equation numbers come
+from notes on the papers and were not all checked at the source.
+
 Every part takes ``Tokens`` and returns tensors of shape (rows, response_len). All of it is under stop-gradient: the
 coefficient multiplies ∇ log π_θ and nothing is differentiated twice.
 """
