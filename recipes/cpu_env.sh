@@ -7,7 +7,7 @@ repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$repo/.venv
 
 cpu_install() {
-  local python=${PYTHON:-python3} stamp=$venv/.verl-hpt-cpu want torch=torch==2.13.0
+  local python=${PYTHON:-python3} stamp=$venv/.installed want torch=torch==2.13.0
   "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' || {
     echo "error: $python is $("$python" -V 2>&1); verl-hpt needs Python 3.10, 3.11 or 3.12. Set PYTHON=/path/to/python3.11." >&2
     return 1

@@ -83,7 +83,7 @@ class Bench:
             program.write_text(text.format(python=sys.executable, calls=str(self.calls_file)))
             program.chmod(0o755)
         stamp = subprocess.run(["cksum"], stdin=(root / "pyproject.toml").open(), capture_output=True, text=True)
-        (root / ".venv" / ".verl-hpt-cpu").write_text(stamp.stdout)
+        (root / ".venv" / ".installed-cpu").write_text(stamp.stdout)
         self.model = root / "model"
         self.model.mkdir()
         (self.model / "config.json").write_text(json.dumps(QWEN))
