@@ -91,6 +91,11 @@ def gsm8k() -> list[dict]:
 @functools.cache
 def tiny(style: str) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of two thousand tokens, trained on a few GSM8K rows, with the style's template."""
+    return byte_pairs(style, 2000)
+
+
+def byte_pairs(style: str, size: int) -> PreTrainedTokenizerFast:
+    """The same of another size."""
     template, digits, eos, pad, special, bos = _STYLE[style]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -101,7 +106,7 @@ def tiny(style: str) -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator((r["question"] + r["answer"] for r in gsm8k()[:1000]), trainer)
     # The reasoning tags are ordinary tokens in Qwen3: seen in decoded text, unlike special ones.
     tokenizer.add_tokens([t for t in special if "think" in t])
