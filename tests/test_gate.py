@@ -42,6 +42,15 @@ def test_a_users_soft_table_goes_by_number_solved_and_scales_to_the_group():
     assert [decide_soft(s, 8, True, settings).on for s in (0, 4, 8)] == [0, 0.5, 1]
 
 
+def test_named_soft_functions_go_from_the_demonstration_to_the_rollouts():
+    for name in ("linear", "cosine"):
+        rows = [decide_soft(s, 4, True, GateSettings(soft=name)) for s in range(5)]
+        assert (rows[0].on, rows[0].sft, rows[4].on, rows[4].sft) == (0, 1, 1, 0)
+        assert rows[2].on == pytest.approx(0.5) and all(r.on + r.sft == pytest.approx(1) and r.off == 0 for r in rows)
+    assert decide_soft(1, 4, True, GateSettings(soft="cosine")).on == pytest.approx(0.1464466)
+    assert decide_soft(1, 4, True, GateSettings(soft="linear")).on == 0.25
+
+
 def test_a_users_gate_is_found_by_name():
     @gate.register_gate
     def at_most_one(solved, n, settings):

@@ -160,7 +160,7 @@ def test_a_users_gate_is_one_decorator_and_a_name(tmp_path, monkeypatch):
     settings = settings_of("++hpt.modules=[my_gates]", "++hpt.gate.function=half_and_half")
     assert zones(settings, [question(str(i), i) for i in (0, 3, 4)]) == ["demo", "both", "rl"]
     gate.GATES.pop("half_and_half")
-    with pytest.raises(UserError, match=r"half_and_half.* is not registered; known: none"):
+    with pytest.raises(UserError, match=r"half_and_half.* is not registered; known: linear, cosine\. Name the module"):
         config.resolve_method(settings_of("++hpt.gate.function=half_and_half"))
 
 

@@ -6,6 +6,7 @@ P ≤ γ, reinforce elsewhere. Counts are compared, not shares: a float share of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,15 +25,15 @@ class GateSettings:
     """γ as a share (threshold) or a count of rollouts; off: upper bound of the zone trained off-policy on the demo.
 
     count wins over threshold where it is set. success is the score from which a rollout counts as solved. soft is a
-    table (on, off, sft) by number solved, used by methods whose ``when`` is "soft". function names a gate
-    of the user's.
+    table (on, off, sft) by number solved, or the name of a registered gate, used by methods whose ``when`` is "soft".
+    function names a gate of the user's.
     """
 
     threshold: float = 0.0
     count: int | None = None
     success: float = 1.0
     off: float | None = None
-    soft: tuple[tuple[float, float, float], ...] | None = None
+    soft: tuple[tuple[float, float, float], ...] | str | None = None
     function: str | None = None
 
 
@@ -59,7 +60,8 @@ GATES: dict[str, Callable[[int, int, GateSettings], Decision]] = {}
 
 
 def register_gate(function: Callable[[int, int, GateSettings], Decision]):
-    """Register a gate of your own under its function's name, for ``hpt.gate.function`` (module in ``hpt.modules``).
+    """Register a gate of your own under its function's name, for ``hpt.gate.function``, or for ``hpt.gate.soft`` where
+    the method is ``hpt_soft`` (module in ``hpt.modules``).
 
     It gets (solved, n, settings) and returns a Decision, as ``decide`` does::
 
@@ -71,6 +73,20 @@ def register_gate(function: Callable[[int, int, GateSettings], Decision]):
         raise ValueError(f"gate {function.__name__!r} is already registered: choose another name")
     GATES[function.__name__] = function
     return function
+
+
+@register_gate
+def linear(solved: int, n: int, settings: GateSettings) -> Decision:
+    """P on the rollouts, 1 − P on the demonstration's S term, P the share solved."""
+    share = solved / max(n, 1)
+    return Decision("soft", share, 0.0, 1 - share)
+
+
+@register_gate
+def cosine(solved: int, n: int, settings: GateSettings) -> Decision:
+    """As ``linear``, with (1 − cos πP)/2 for P: flat at both ends, where a question is hopeless or solved."""
+    share = (1 - math.cos(math.pi * solved / max(n, 1))) / 2
+    return Decision("soft", share, 0.0, 1 - share)
 
 
 def decide(solved: int, n: int, settings: GateSettings) -> Decision:
@@ -90,11 +106,13 @@ def decide(solved: int, n: int, settings: GateSettings) -> Decision:
 
 
 def decide_soft(solved: int, n: int, demo_correct: bool, settings: GateSettings) -> Decision:
-    """Shares of rollouts and demonstration by number solved.
+    """Shares of rollouts and demonstration by number solved: a registered gate's, or a table's.
 
     A table of the user's has rows for 0 … m solved; groups of other sizes are scaled to it, rounded to the nearest. The
     published table counts a correct demonstration as one of its 8: entry 0 is never reached with one.
     """
+    if isinstance(settings.soft, str):
+        return GATES[settings.soft](solved, n, settings)
     table = settings.soft or SOFT_TABLE
     last, counted = len(table) - 1, 0
     if settings.soft is None and demo_correct:
