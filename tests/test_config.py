@@ -36,6 +36,7 @@ def test_defaults_are_the_documented_ones():
         ({"per_source": {"a": {"gates": {}}}}, r"hpt\.per_source\.a\.gates: unknown key"),
         ({"rl_length_scale": 0}, r"hpt\.rl_length_scale=0\.0: must be null .*or above 0"),
         ({"modules": "mine"}, r"hpt\.modules='mine': must be a list"),
+        ({"demo": {"select": "likelihood"}}, r"hpt\.demo\.log_likelihood=None: must be the column .*likelihood_of"),
     ],
 )
 def test_bad_settings_are_named_with_key_value_and_choices(node, message):
@@ -56,6 +57,10 @@ def test_bad_settings_are_named_with_key_value_and_choices(node, message):
         ({"method": "luffy", "gate": {"off": 0.5}}, r"hpt\.gate\.off is set, but method 'luffy' has no gate"),
         ({"gate": {"soft": [[0, 0, 1], [1, 0, 0]]}}, r"hpt\.gate\.soft is set.*hpt_soft"),
         ({"gate": {"function": "mine"}}, r"hpt\.gate\.function='mine' is not registered"),
+        (
+            {"method": "hpt_soft", "gate": {"soft": "steep"}},
+            r"soft='steep' is not registered; known: linear",
+        ),
     ],
 )
 def test_methods_and_parts_that_do_not_fit_are_named_with_the_choices(node, message):

@@ -214,23 +214,51 @@ def test_several_demonstrations_and_tools_are_checked_one_by_one(tmp_path, token
     assert result["rendered"][1]["eos_count"] == 2 and 0 in result["rendered"][1]["trained"]
 
 
-def test_mean_log_likelihood_is_the_models(tmp_path, tokenizers):
+def random_model(folder):
+    """A tiny model of random weights, written to the folder."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    from verl_hpt.data_likelihood import mean_log_likelihoods
 
     torch.manual_seed(0)
     sizes = dict(
         hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
     )
     model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tiny("qwen3")), **sizes)).eval()
-    model.save_pretrained(tmp_path / "model")
+    model.save_pretrained(folder)
+    return model
+
+
+def test_likelihood_writes_a_number_for_each_demonstration_and_check_reads_it(tmp_path, tokenizers):
+    random_model(tmp_path / "model")
+    table = [verl_row("a?", [say("#### 1"), say("1 is one\n#### 1")], "1"), verl_row("b?", [say("#### 1"), []], "1")]
+    file, out = write(tmp_path / "a.parquet", table), tmp_path / "out" / "b.parquet"
+    given = ["likelihood", file, str(out), "--model", str(tmp_path / "model"), "--device", "cpu"]
+    given += ["--tokenizer", str(tokenizers / "qwen3")]
+    assert main(given) == 0
+    written = pq.read_table(out).to_pylist()
+    assert [{k: v for k, v in row.items() if k != "log_likelihood"} for row in written] == pq.read_table(
+        file
+    ).to_pylist()
+    (first, second), (third, nothing) = (row["log_likelihood"] for row in written)
+    assert first != second and first < 0 and third != first and nothing is None
+    assert len(list(out.parent.iterdir())) == 1, "nothing provisional stays"
+    _, found, _ = checked(tmp_path, str(out), "--log-likelihood-key", "log_likelihood", "--reward", "none")
+    assert set(found) == {"unusable: empty"}
+    for more in (["--column", "prompt"], ["--demo-key", "demos"], ["--model", str(tmp_path)]):
+        assert main([*given, *more]) == 2
+
+
+def test_mean_log_likelihood_is_the_models(tmp_path, tokenizers):
+    import torch
+
+    from verl_hpt.data_likelihood import Likelihood
+
+    model = random_model(tmp_path / "model")
     demo = EncodedDemo([5, 6, 7], [1, 0, 1])
     with torch.no_grad():
         logs = torch.log_softmax(model(torch.tensor([[1, 2, 5, 6, 7]])).logits[0], -1)
     expected = float((logs[1, 5] + logs[3, 7]) / 2)
-    assert mean_log_likelihoods(str(tmp_path / "model"), [([1, 2], demo)]) == pytest.approx([expected], abs=1e-5)
+    assert Likelihood(str(tmp_path / "model"), "cpu")([1, 2], demo) == pytest.approx(expected, abs=1e-5)
     file = write(tmp_path / "a.parquet", rows(20))
     options = ("--tokenizer", str(tokenizers / "qwen3"), "--model", str(tmp_path / "model"), "--model-rows", "4")
     _, _, result = checked(tmp_path, file, *options, "--report", str(tmp_path / "r.png"))

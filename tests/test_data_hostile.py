@@ -184,8 +184,11 @@ def hostile(path):
     folder.parquet(
         [*[verl_row(i, r=1.0) for i in range(4)], verl_row(9, r=math.nan)], 5, "target", "--demo-reward-key", "r"
     )
-    folder.parquet([verl_row(i, w=[1.0, math.nan]) for i in range(4)], 1, "target", "--weights-key", "w")
-    folder.parquet([verl_row(i, w=[1.0, -1.0]) for i in range(4)], 1, "target", "--weights-key", "w")
+    folder.parquet([verl_row(i, w=[1.0, math.nan]) for i in range(4)], 1, "target", "--token-weights-key", "w")
+    folder.parquet([verl_row(i, w=[1.0, -1.0]) for i in range(4)], 1, "target", "--token-weights-key", "w")
+    folder.parquet([verl_row(i, w=[0.0, 0.0]) for i in range(4)], 1, "target", "--token-weights-key", "w")
+    folder.parquet([verl_row(i, lp=[0.5]) for i in range(4)], 1, "target", "--teacher-log-prob-key", "lp")
+    folder.parquet([verl_row(i, s=7) for i in range(4)], 1, "target", "--demo-source-key", "s")
     folder.parquet(GOOD, 1, "r", "--demo-reward-key", "r")
     for body in ("float('nan')", "float('inf')", "None", "{}", "{'score': None}", "'x'", "1 / 0", "exit(3)"):
         function = path / f"reward{len(folder.cases)}.py"

@@ -6,16 +6,14 @@ import pytest
 from tensordict import NonTensorData, NonTensorStack
 from tiny_tokenizers import STYLES, gsm8k, tiny
 
+from verl_hpt.demo_columns import Demo, DemoColumns, check_values, row_demos
 from verl_hpt.demos import (
     REASONS,
     SELECTORS,
-    Demo,
-    DemoColumns,
+    EncodedDemo,
     Unusable,
     demonstrations,
     encode,
-    per_token,
-    row_demos,
     select,
 )
 
@@ -224,13 +222,14 @@ def test_template_that_rewrites_earlier_turns_is_refused():
 
 def test_columns_beside_the_demonstrations_follow_them():
     row = {"target": ["a", "b"], "r": [0.5, 1.0], "w": [[1.0, 1.0], [2.0, 0.0]], "s": ["x", "y"], "lp": None}
-    found = row_demos(row, "target", DemoColumns(reward="r", weights="w", source="s", log_probs="lp"))
+    found = row_demos(row, "target", DemoColumns(reward="r", token_weights="w", source="s", teacher_log_prob="lp"))
     assert found == [
-        Demo("a", 0, reward=0.5, weights=[1.0, 1.0], source="x"),
-        Demo("b", 1, reward=1.0, weights=[2.0, 0.0], source="y"),
+        Demo("a", 0, {"reward": 0.5, "token_weights": [1.0, 1.0], "source": "x"}),
+        Demo("b", 1, {"reward": 1.0, "token_weights": [2.0, 0.0], "source": "y"}),
     ]
-    assert row_demos({"target": "a", "r": 0.5}, "target", DemoColumns(reward="r"))[0].reward == 0.5
-    assert row_demos({"target": "a", "w": [1.0, 2.0]}, "target", DemoColumns(weights="w"))[0].weights == [1.0, 2.0]
+    assert row_demos({"target": "a", "r": 0.5}, "target", DemoColumns(reward="r"))[0].values == {"reward": 0.5}
+    (one,) = row_demos({"target": "a", "w": [1.0, 2.0]}, "target", DemoColumns(token_weights="w"))
+    assert one.values == {"token_weights": [1.0, 2.0]}
 
 
 @pytest.mark.parametrize(
@@ -242,25 +241,33 @@ def test_columns_beside_the_demonstrations_follow_them():
         {"target": "a", "reward": float("inf")},
         {"target": "a", "reward": "1"},
         {"target": "a", "reward": True},
-        {"target": "a", "weights": [1.0, -1.0]},
-        {"target": "a", "weights": 1.0},
-        {"target": "a", "log_probs": [-1.0, float("nan")]},
+        {"target": "a", "token_weights": [1.0, -1.0]},
+        {"target": "a", "token_weights": [0.0, 0.0]},
+        {"target": "a", "token_weights": 1.0},
+        {"target": "a", "teacher_log_prob": [-1.0, float("nan")]},
+        {"target": "a", "teacher_log_prob": [-1.0, 0.1]},
+        {"target": "a", "source": 3},
     ],
     ids=str,
 )
 def test_columns_that_do_not_fit_are_refused(row):
     name = next(k for k in row if k != "target")
     with pytest.raises(Unusable) as caught:
-        row_demos(row, "target", DemoColumns(**{name: name}))
+        for demo in row_demos(row, "target", DemoColumns(**{name: name})):
+            check_values(demo, DemoColumns(**{name: name}))
     assert caught.value.reason == "bad_column"
 
 
 def test_per_token_columns_must_have_a_value_for_each_token_and_eos():
     tokenizer = tiny("qwen2.5")
     encoded = encode(TEXT, tokenizer, tokenizer.eos_token_id)
-    assert per_token(Demo(TEXT, 0, weights=[1.0] * len(encoded.ids)), encoded) == encoded
+    columns = DemoColumns(token_weights="w", teacher_log_prob="lp")
+    check_values(Demo(TEXT, 0, {"token_weights": [1.0] * len(encoded.ids)}), columns, encoded)
     with pytest.raises(Unusable, match="EOS included"):
-        per_token(Demo(TEXT, 0, log_probs=[-1.0] * (len(encoded.ids) - 1)), encoded)
+        check_values(Demo(TEXT, 0, {"teacher_log_prob": [-1.0] * (len(encoded.ids) - 1)}), columns, encoded)
+    between = EncodedDemo([5, 6, 7], [1, 0, 1])
+    with pytest.raises(Unusable, match="on what the assistant says"):
+        check_values(Demo(TEXT, 0, {"token_weights": [0.0, 1.0, 0.0]}), columns, between)
 
 
 DEMOS = ["aaa", "b", "cc", "dddd", "b"]

@@ -75,7 +75,7 @@ def test_an_unusable_demonstration_is_counted_and_warned_of_once(target, reason,
     chosen = reader()
     counts = Counter()
     with caplog.at_level(logging.WARNING):
-        assert chosen.read(group(target), 1, 1.0, counts) == [] == chosen.read(group(target), 2, 1.0, counts)
+        assert chosen.candidates(group(target), 1.0, counts) == [] == chosen.candidates(group(target), 1.0, counts)
     assert counts["unusable"] == 2 and counts[f"unusable/{reason}"] == 2
     assert len(caplog.records) == 1 and "question key" in caplog.text and "index 7" in caplog.text
 

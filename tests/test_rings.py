@@ -10,6 +10,9 @@ HOSTS = {"verl", "ray", "transfer_queue", "vllm", "hydra"}
 MATH = ("parts", "estimator", "gate", "mixing", "normalize", "advantage")
 DATA = (
     "demos",
+    "demo_choice",
+    "demo_columns",
+    "lifecycle",
     "questions",
     "history",
     "reward",

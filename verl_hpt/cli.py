@@ -12,7 +12,7 @@ COMMANDS = {
     "explain": ("verl_hpt.explain", "CASE.json: what a method does to a small batch, with no model"),
     "methods": ("verl_hpt.table", "the table of methods with formulas and sources; --plot FILE draws their weights"),
     "doctor": ("verl_hpt.doctor", "check the installation; --ray also looks into a worker process"),
-    "data": ("verl_hpt.data", "convert, check, eval-set: demonstrations before you spend a GPU hour"),
+    "data": ("verl_hpt.data", "convert, check, likelihood, eval-set: demonstrations before you spend a GPU hour"),
     "report": ("verl_hpt.report", "RUN_DIR...: table, picture and summary of one or several runs"),
 }
 

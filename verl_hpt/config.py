@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from verl_hpt.demo_columns import DemoColumns
 from verl_hpt.errors import UserError
 from verl_hpt.estimator import METHODS, OFF_ZONE, Method, Term, estimator_of
 from verl_hpt.gate import GATES, GateSettings
@@ -43,14 +44,15 @@ class Gate:
 
     threshold: γ, solved ≤ γ·n; count: the same as a number of rollouts; success: score from which a rollout counts as
     solved; off: upper bound, a share, of the zone trained off-policy on the demonstration; soft: table of
-    (on, off, sft) by number solved; function: a name registered with ``verl_hpt.gate.register_gate``.
+    (on, off, sft) by number solved, or a name: linear, cosine, or one of your own; function, and such names of your
+    own: registered with ``verl_hpt.gate.register_gate``.
     """
 
     threshold: float | Schedule = 0.0
     count: int | None = None
     success: float = 1.0
     off: float | Schedule | None = None
-    soft: list[list[float]] | None = None
+    soft: list[list[float]] | str | None = None
     function: str | None = None
 
     def at(self, step: int) -> GateSettings:
@@ -59,7 +61,7 @@ class Gate:
         def now(x):
             return x.at(step) if isinstance(x, Schedule) else x
 
-        soft = None if self.soft is None else tuple(tuple(row) for row in self.soft)
+        soft = tuple(tuple(row) for row in self.soft) if isinstance(self.soft, list) else self.soft
         return GateSettings(now(self.threshold), self.count, self.success, now(self.off), soft, self.function)
 
 
@@ -70,8 +72,13 @@ class Demo:
     key: column with the demonstration (a string, chat messages, or a list of either); reward: what a demonstration
     counts as where a method needs it, a number or a column (null: ``gate.success``); eos: id of the end token (null:
     the tokenizer's); on_unusable: "keep" the question's rollouts, or stop with an "error"; per_question: how many of a
-    question's demonstrations are used at once, chosen by ``select``; log_likelihood, other_log_prob: columns of
-    numbers, one a demonstration.
+    question's demonstrations are used at once, chosen by ``select``; likelihood_of: whose mean log-likelihood a token
+    ``select=likelihood`` compares: the column ``log_likelihood``, or the ``policy`` as it is at the step, or verl's
+    frozen ``reference`` model, both by a forward pass over the candidates.
+
+    Columns, each with one value for a row with one demonstration or a list with one for each: log_likelihood,
+    other_log_prob: a number; token_weights: a weight for each token, EOS included; teacher_log_prob: log π of the
+    model that wrote it, for each token, EOS included; source: text, for metrics.
     """
 
     key: str = "target"
@@ -80,8 +87,17 @@ class Demo:
     on_unusable: Literal["keep", "error"] = "keep"
     per_question: int = 1
     select: Literal["first", "random", "round_robin", "shortest", "likelihood", "unseen_first"] = "first"
+    likelihood_of: Literal["column", "policy", "reference"] = "column"
     log_likelihood: str | None = None
     other_log_prob: str | None = None
+    token_weights: str | None = None
+    teacher_log_prob: str | None = None
+    source: str | None = None
+
+    def columns(self) -> DemoColumns:
+        """The columns beside the demonstrations' own."""
+        named = {name: getattr(self, name) for name in vars(DemoColumns()) if isinstance(getattr(self, name), str)}
+        return DemoColumns(**named)
 
 
 @dataclass(frozen=True)
@@ -198,9 +214,12 @@ def resolve_method(settings: Settings) -> Method:
             raise UserError(f"hpt.gate.off is set, but method {method.name!r} has no gate (when={method.when!r})")
         method = dataclasses.replace(method, off_zone=method.term("R") or OFF_ZONE)
     for gate in gates:
-        if gate.function is not None and gate.function not in GATES:
-            known = ", ".join(GATES) or "none; name the module that registers it in hpt.modules"
-            raise UserError(f"hpt.gate.function={gate.function!r} is not registered; known: {known}")
+        for key, name in (("function", gate.function), ("soft", gate.soft)):
+            if isinstance(name, str) and name not in GATES:
+                raise UserError(
+                    f"hpt.gate.{key}={name!r} is not registered; known: {', '.join(GATES)}. Name the module that "
+                    "registers it in hpt.modules"
+                )
     if any(gate.soft is not None for gate in gates) and method.when != "soft":
         raise UserError(f"hpt.gate.soft is set, but method {method.name!r} does not read it; set hpt.method=hpt_soft")
     return method
@@ -249,7 +268,7 @@ def _check(settings: Settings) -> None:
     for where, gate in [("gate", settings.gate)] + [
         (f"per_source.{s}.gate", o.gate) for s, o in settings.per_source.items()
     ]:
-        if gate.soft is not None:
+        if isinstance(gate.soft, list):
             need(len(gate.soft) >= 2 and all(len(row) == 3 and min(row) >= 0 for row in gate.soft), f"{where}.soft",
                  gate.soft, "a table of at least two rows (on, off, sft), none negative")  # fmt: skip
         for name in ("threshold", "off"):
@@ -260,6 +279,10 @@ def _check(settings: Settings) -> None:
                 need(value.steps >= 1, f"{where}.{name}.steps", value.steps, "at least 1")
         need(math.isfinite(gate.success), f"{where}.success", gate.success, "finite")
     need(settings.demo.per_question >= 1, "demo.per_question", settings.demo.per_question, "at least 1")
+    by_column = settings.demo.select == "likelihood" and settings.demo.likelihood_of == "column"
+    need(not by_column or settings.demo.log_likelihood is not None, "demo.log_likelihood", None,
+         "the column that hpt.demo.select=likelihood compares (`verl-hpt data likelihood` writes one); or set "
+         "hpt.demo.likelihood_of to policy or reference")  # fmt: skip
     history, early = settings.history, settings.history.early_gate
     need(history.retire_after is None or history.retire_after >= 1, "history.retire_after", history.retire_after,
          "null or at least 1")  # fmt: skip

@@ -7,7 +7,7 @@ from verl_hpt.errors import UserError
 
 
 def main(argv: list[str]) -> int:
-    """Run `data convert|check|eval-set`; exit status 0: fine, 1: the check found harm, 2: wrong use, damaged input."""
+    """Run one of the commands; exit status 0: fine, 1: the check found harm, 2: wrong use, damaged input."""
     from verl_hpt.data_convert import add_convert, add_eval_set, run_convert, run_eval_set
 
     parser = argparse.ArgumentParser(prog="verl-hpt data", description=__doc__)
@@ -19,13 +19,16 @@ def main(argv: list[str]) -> int:
     add_check(
         commands.add_parser("check", help="what would happen to every demonstration; exit 1 if training is harmed")
     )
+    from verl_hpt.data_likelihood import add_likelihood, run_likelihood
+
+    add_likelihood(commands.add_parser("likelihood", help="a column of log-likelihoods, for demo.select=likelihood"))
     try:
         args = parser.parse_args(argv)
     except SystemExit as stop:
         return int(stop.code or 0)
-    run = {"convert": run_convert, "eval-set": run_eval_set, "check": run_check}[args.command]
+    run = {"convert": run_convert, "eval-set": run_eval_set, "check": run_check, "likelihood": run_likelihood}
     try:
-        return run(args)
+        return run[args.command](args)
     except UserError as error:
         print(f"verl-hpt data {args.command}: {error}", file=sys.stderr)
         return 2

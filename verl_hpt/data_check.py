@@ -22,6 +22,7 @@ from verl_hpt.data_read import BadRow, count_rows, file_kind, read_rows
 from verl_hpt.data_render import Renderer, difference
 from verl_hpt.data_result import Finding, Result
 from verl_hpt.data_rows import Layout, Options, detect, to_verl
+from verl_hpt.demo_columns import Demo, DemoColumns, check_values, row_demos
 from verl_hpt.errors import UserError
 
 _BATCH = 256  # rows graded and tokenised together
@@ -43,8 +44,10 @@ def add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-key", help="default: prompt")
     parser.add_argument("--demo-key", help="default: target")
     parser.add_argument("--demo-reward-key", help="column with each demonstration's own reward")
-    parser.add_argument("--log-probs-key", help="column with teacher log-probs a token")
-    parser.add_argument("--weights-key", help="column with weights a token")
+    parser.add_argument("--teacher-log-prob-key", help="column with a teacher's log-prob for each token")
+    parser.add_argument("--token-weights-key", help="column with a weight for each token")
+    parser.add_argument("--log-likelihood-key", help="column with each demonstration's mean log-likelihood")
+    parser.add_argument("--demo-source-key", help="column with each demonstration's own source")
     parser.add_argument("--answer-key", help="field of the expected answer, for files not yet converted")
     parser.add_argument("--template-kwargs", default="{}", metavar="JSON", help="data.apply_chat_template_kwargs")
     parser.add_argument("--eos", help="id or text of the EOS token, as hpt.demo.eos; default: the tokenizer's")
@@ -84,14 +87,20 @@ def check(args: argparse.Namespace) -> Result:
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit must be 1 or more, got {args.limit}")
     result = Result(args.file)
-    render, kwargs = None, _json_option("--template-kwargs", args.template_kwargs)
+    render, kwargs = None, json_option("--template-kwargs", args.template_kwargs)
     if args.tokenizer or args.model:
         render = Renderer(
             args.tokenizer or args.model, eos=args.eos, max_length=args.max_response_length, kwargs=kwargs
         )
         _check_eos(result, render)
-    grade = load_reward(args.reward, _json_option("--reward-kwargs", args.reward_kwargs))
-    columns = D.DemoColumns(reward=args.demo_reward_key, log_probs=args.log_probs_key, weights=args.weights_key)
+    grade = load_reward(args.reward, json_option("--reward-kwargs", args.reward_kwargs))
+    columns = DemoColumns(
+        reward=args.demo_reward_key,
+        log_likelihood=args.log_likelihood_key,
+        teacher_log_prob=args.teacher_log_prob_key,
+        token_weights=args.token_weights_key,
+        source=args.demo_source_key,
+    )
     if render is not None:
         result.unit = "tokens"
     elif args.max_response_length is not None or args.max_prompt_length is not None:
@@ -106,9 +115,10 @@ def check(args: argparse.Namespace) -> Result:
     for path in args.val:
         questions.check_leak(result, path, args.prompt_key or "prompt")
     if args.model:
-        from verl_hpt.data_likelihood import mean_log_likelihoods
+        from verl_hpt.data_likelihood import Likelihood
 
-        result.log_likelihoods = mean_log_likelihoods(args.model, likely)
+        ask = Likelihood(args.model)
+        result.log_likelihoods = [ask(prompt, demo) for prompt, demo in likely]
     _judge(result, args)
     return result
 
@@ -120,7 +130,7 @@ def _check_eos(result: Result, render: Renderer) -> None:
         result.found("eos", "demonstrations would end with a token at which rollouts do not stop", 0, "eos", detail)
 
 
-def _verl_rows(args: argparse.Namespace, result: Result, columns: D.DemoColumns) -> Iterator[tuple[int, dict]]:
+def _verl_rows(args: argparse.Namespace, result: Result, columns: DemoColumns) -> Iterator[tuple[int, dict]]:
     """The file's rows in verl's form; those that cannot be brought to it are counted and left out."""
     from tqdm import tqdm
 
@@ -128,7 +138,7 @@ def _verl_rows(args: argparse.Namespace, result: Result, columns: D.DemoColumns)
     prompt_key, demo_key = args.prompt_key or "prompt", args.demo_key or "target"
     rows = tqdm(read_rows(args.file), total=count_rows(args.file), unit=" rows", desc="check", disable=None)
     direct = False
-    extra = [c for c in vars(columns).values() if c]
+    extra = list(columns.named().values())
     for number, row in itertools.islice(rows, args.limit):
         if result.rows == 0:
             missing = [c for c in extra if c not in row]
@@ -170,7 +180,7 @@ class _Item:
 
     row: int
     values: dict
-    demo: D.Demo
+    demo: Demo | None
     text: str | None = None
     prompt: str | None = None
     think_tail: str | None = None
@@ -192,7 +202,7 @@ def _check_batch(args, result, batch, columns, render, grade, threads, likely) -
             _, tag, after = prompt[-64:].rpartition("<think>")
             tail = after if tag and not after.strip() else None
         try:
-            found = D.row_demos(row, "target", columns)
+            found = row_demos(row, "target", columns)
         except D.Unusable as bad:
             _unusable(result, bad, number, demo_key)
             continue
@@ -204,6 +214,7 @@ def _check_batch(args, result, batch, columns, render, grade, threads, likely) -
     ends = render.ends if render is not None else []
     for item in items:
         try:
+            check_values(item.demo, columns)
             demo = D.plain(item.demo.content)
             item.text = D.single_text(demo)
             if item.text is not None:
@@ -223,7 +234,7 @@ def _check_batch(args, result, batch, columns, render, grade, threads, likely) -
             item.demo = None
     items = [item for item in items if item.demo is not None]
     if render is not None:
-        items = _tokenise(result, items, render, demo_key)
+        items = _tokenise(result, items, render, demo_key, columns)
         if args.max_prompt_length is not None:
             _prompt_lengths(args, result, batch, render)
     for item in items:
@@ -248,7 +259,7 @@ def _unusable(result: Result, bad: D.Unusable, row: int, name: str) -> None:
     result.found(f"unusable: {bad.reason}", f"demonstrations: {D.REASONS[bad.reason]}", row, name, bad.detail)
 
 
-def _tokenise(result: Result, items: list[_Item], render: Renderer, demo_key: str) -> list[_Item]:
+def _tokenise(result: Result, items: list[_Item], render: Renderer, demo_key: str, columns) -> list[_Item]:
     """The items with their tokens; those that cannot be trained on are counted and left out."""
     singles = [item for item in items if item.encoded is None]
     result.lengths += [len(item.encoded.ids) for item in items if item.encoded is not None]
@@ -268,11 +279,14 @@ def _tokenise(result: Result, items: list[_Item], render: Renderer, demo_key: st
             message = "the tokenizer does not give the text back: it will be trained on as something else"
             detail = difference(item.text, back)
             result.found("round trip", message, item.row, _place(demo_key, item), detail, harmful=False)
+    fitting = []
+    for item in items:
         try:
-            D.per_token(item.demo, item.encoded)
+            check_values(item.demo, columns, item.encoded)
+            fitting.append(item)
         except D.Unusable as bad:
             _unusable(result, bad, item.row, _place(demo_key, item))
-    return items
+    return fitting
 
 
 def _prompt_lengths(args, result, batch, render) -> None:
@@ -351,7 +365,8 @@ def _judge(result: Result, args: argparse.Namespace) -> None:
         result.found("nothing usable", "no demonstration can be trained on", 0, args.demo_key or "target")
 
 
-def _json_option(name: str, text: str) -> dict:
+def json_option(name: str, text: str) -> dict:
+    """A JSON object given on the command line; raises `UserError` for anything else."""
     try:
         value = json.loads(text)
     except ValueError as error:

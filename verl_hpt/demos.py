@@ -10,7 +10,6 @@ Used by the trainer on the driver and by `verl-hpt data check`, so that the chec
 
 import itertools
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,15 +21,11 @@ from verl_hpt.demo_choice import SELECTORS, select, stable_hash
 __all__ = [
     "REASONS",
     "SELECTORS",
-    "Demo",
-    "DemoColumns",
     "EncodedDemo",
     "Unusable",
     "demonstrations",
     "encode",
-    "per_token",
     "plain",
-    "row_demos",
     "select",
     "stable_hash",
 ]
@@ -318,80 +313,3 @@ def _kinds(value: Any) -> str:
     if isinstance(value, list):
         return f"a list of {', '.join(sorted({type(v).__name__ for v in value})) or 'nothing'}"
     return type(value).__name__
-
-
-@dataclass(frozen=True)
-class DemoColumns:
-    """Names of the optional columns beside the demonstrations' own; None where there is none.
-
-    Each holds one value for a row with one demonstration, or a list with one value for each demonstration.
-    """
-
-    reward: str | None = None  # a number
-    log_probs: str | None = None  # (tokens,) of a teacher, in log space
-    weights: str | None = None  # (tokens,) ≥ 0
-    source: str | None = None  # text
-
-
-@dataclass(frozen=True)
-class Demo:
-    """One raw demonstration of a row with what the optional columns say of it."""
-
-    content: Any
-    index: int  # position in the row's cell
-    reward: float | None = None
-    log_probs: list[float] | None = None
-    weights: list[float] | None = None
-    source: str | None = None
-
-
-def row_demos(row: dict, key: str, columns: DemoColumns | None = None) -> list[Demo]:
-    """The demonstrations of a row with their own reward, log-probs, weights and source.
-
-    Raises `Unusable("bad_column")` where a column has another number of values than there are demonstrations, or one
-    that is not finite.
-    """
-    raw = demonstrations(row.get(key))
-    columns = columns or DemoColumns()
-    values = {
-        name: _spread(row.get(column), len(raw), name, column)
-        for name, column in vars(columns).items()
-        if column is not None
-    }
-    return [Demo(content, i, **{name: v[i] for name, v in values.items()}) for i, content in enumerate(raw)]
-
-
-def _spread(cell: Any, count: int, name: str, column: str) -> list:
-    cell = plain(cell)
-    per_token = name in ("log_probs", "weights")
-    if cell is None:
-        return [None] * count
-    one = not isinstance(cell, list) or (per_token and not any(isinstance(v, list) for v in cell))
-    if one and count != 1:
-        raise Unusable("bad_column", f"{column} has one value for {count} demonstrations")
-    values = [cell] if one else cell
-    if len(values) != count:
-        raise Unusable("bad_column", f"{column} has {len(values)} values for {count} demonstrations")
-    for value in values:
-        numbers = value if per_token else [value]
-        if value is None or name == "source":
-            continue
-        if not isinstance(numbers, list) or not all(_finite(v) for v in numbers):
-            raise Unusable("bad_column", f"{column} must hold finite numbers, got {str(value)[:80]}")
-        if name == "weights" and any(v < 0 for v in numbers):
-            raise Unusable("bad_column", f"{column} must hold weights of 0 or more")
-    return values
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def per_token(demo: Demo, encoded: EncodedDemo) -> EncodedDemo:
-    """`encoded` as it is, once the per-token columns of `demo` are seen to have its length; else `Unusable`."""
-    for name in ("log_probs", "weights"):
-        value = getattr(demo, name)
-        if value is not None and len(value) != len(encoded.ids):
-            detail = f"{name} has {len(value)} values for {len(encoded.ids)} tokens, EOS included"
-            raise Unusable("bad_column", detail)
-    return encoded

@@ -9,9 +9,9 @@ The case goes through the same plan, normalisation and estimator code that train
         "demos": [{"length": 10, "log_prob": -0.5, "reward": 1}]}]}
 
 Every key of ``hpt`` is optional (``rl_length_scale``: the longest row); ``actor`` may hold clip_ratio_low,
-clip_ratio_high and clip_ratio_c. log_prob, old_log_prob, ref_log_prob, entropy and advantage (what a critic would give)
-are a number for every token or a list; old_log_prob is log_prob by default. other_log_prob is one number a
-demonstration.
+clip_ratio_high and clip_ratio_c. log_prob, old_log_prob, ref_log_prob, teacher_log_prob, entropy, advantage (what a
+critic would give) and token_weights (of demonstrations) are a number for every token or a list; old_log_prob is
+log_prob by default. other_log_prob is one number a demonstration.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ from verl_hpt import config
 from verl_hpt.errors import UserError
 from verl_hpt.estimator import Method, row_terms
 from verl_hpt.mixing import DEMO, Plan, PlanSettings, Question, plan
+from verl_hpt.normalize import relative
 from verl_hpt.parts import Constants, Tokens
 
-ROW_KEYS = {"length", "reward", "log_prob", "old_log_prob", "ref_log_prob", "entropy", "advantage", "other_log_prob"}
+TOKEN_KEYS = ("log_prob", "old_log_prob", "ref_log_prob", "teacher_log_prob", "entropy", "advantage", "token_weights")
+ROW_KEYS = {"length", "reward", "other_log_prob", *TOKEN_KEYS}
 QUESTION_KEYS = {"uid", "source", "rollouts", "demos"}
 ACTOR_KEYS = ("clip_ratio_low", "clip_ratio_high", "clip_ratio_c")
 
@@ -89,7 +91,8 @@ def _tell(entries, result: Plan, method: Method, constants: Constants) -> dict:
         terms = row_terms(method, tokens, torch.tensor([[is_demo]]))
         w_rl, w_demo = float(result.w_rl[i]), float(result.w_demo[i])
         rl, demo = terms.rl * (w_rl != 0), terms.demo * (w_demo != 0)
-        value = -(w_rl * terms.rl_value * (w_rl != 0) + w_demo * terms.demo_value).sum()
+        of_tokens = _of_tokens(given[at])
+        value = -(of_tokens * (w_rl * terms.rl_value * (w_rl != 0) + w_demo * terms.demo_value)).sum()
         loss["demo" if is_demo else "rl"] += float(value)
         estimator = method.r_estimator if is_demo else method.rollouts
         rows.append(
@@ -101,7 +104,7 @@ def _tell(entries, result: Plan, method: Method, constants: Constants) -> dict:
                 "advantage": _plain(estimator.advantage(tokens)) if w_rl else None,
                 "weight": {"rl": w_rl, "demo": w_demo},
                 "coefficient": {"rl": rl[0].tolist(), "demo": demo[0].tolist()},
-                "gradient": (-(w_rl * rl + w_demo * demo))[0].tolist(),
+                "gradient": (-(of_tokens * (w_rl * rl + w_demo * demo)))[0].tolist(),
             }
         )
     dropped = [
@@ -116,9 +119,17 @@ def _tell(entries, result: Plan, method: Method, constants: Constants) -> dict:
     return {"rows": rows, "dropped": dropped, "loss": {**loss, "total": loss["rl"] + loss["demo"]}}
 
 
+def _of_tokens(row: dict) -> torch.Tensor:
+    """What multiplies the row's weights on each token. -> (tokens,)"""
+    weights = row["token_weights"]
+    return torch.tensor(relative(weights, np.ones(len(weights))) if weights else 1.0, dtype=torch.float64)
+
+
 def _tokens(row: dict, result: Plan, i: int, method: Method, constants: Constants) -> Tokens:
     def column(name: str) -> torch.Tensor | None:
-        return None if row.get(name) is None else torch.tensor([row[name]], dtype=torch.float64)
+        if row.get(name) is None:  # what only the other kind of row needs, and has: computed on both, used on that one
+            return torch.zeros(1, row["length"], dtype=torch.float64) if name in method.needs else None
+        return torch.tensor([row[name]], dtype=torch.float64)
 
     advantage = float(result.advantage[i])
     given = column("advantage") if method.uses_critic else None
@@ -132,6 +143,7 @@ def _tokens(row: dict, result: Plan, i: int, method: Method, constants: Constant
         correct=torch.tensor([[bool(result.correct[i])]]),
         old_log_prob=column("old_log_prob"),
         ref_log_prob=column("ref_log_prob"),
+        teacher_log_prob=column("teacher_log_prob"),
         entropy=column("entropy"),
         other_log_prob=None
         if row["other_log_prob"] is None
@@ -174,7 +186,7 @@ def _row(given, where: str, default_reward: float | None) -> dict:
     if not isinstance(length, int) or isinstance(length, bool) or length < 1:
         raise UserError(f"{where}.length={length!r}: must be a whole number of tokens, at least 1")
     row = {"length": length, "reward": _number(given.get("reward", default_reward), f"{where}.reward")}
-    for key in ("log_prob", "old_log_prob", "ref_log_prob", "entropy", "advantage"):
+    for key in TOKEN_KEYS:
         value = given.get(key)
         if value is None:
             row[key] = None
@@ -187,7 +199,10 @@ def _row(given, where: str, default_reward: float | None) -> dict:
     row["old_log_prob"] = row["old_log_prob"] or row["log_prob"]
     other = given.get("other_log_prob")
     row["other_log_prob"] = None if other is None else _number(other, f"{where}.other_log_prob")
-    for key in ("log_prob", "old_log_prob", "ref_log_prob"):
+    weights = row["token_weights"]
+    if weights is not None and (default_reward is None or min(weights) < 0 or not any(weights)):
+        raise UserError(f"{where}.token_weights={weights!r}: 0 or more, one above 0, on demonstrations alone")
+    for key in ("log_prob", "old_log_prob", "ref_log_prob", "teacher_log_prob"):
         if row[key] is not None and max(row[key]) > 0:
             raise UserError(f"{where}.{key}={max(row[key])!r}: a log-probability is at most 0")
     return row

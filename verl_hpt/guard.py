@@ -73,6 +73,24 @@ def _method(config, settings: Settings, method: Method, has_reference: bool, has
             f"method {method.name} needs each demonstration's mean log-prob under other models; name its column in "
             "hpt.demo.other_log_prob"
         )
+    demo = settings.demo
+    if "teacher_log_prob" in method.needs_of_demos and demo.teacher_log_prob is None:
+        yield (
+            f"method {method.name} needs the log-probs of the model that wrote a demonstration; name their column in "
+            "hpt.demo.teacher_log_prob"
+        )
+    if demo.teacher_log_prob is not None and "teacher_log_prob" not in method.needs_of_demos:
+        yield (
+            f"hpt.demo.teacher_log_prob is set, but nothing in method {method.name} reads it; compose one with "
+            "reference: teacher, or drop it"
+        )
+    if method.rollouts is not None and "teacher_log_prob" in method.rollouts.needs:
+        yield f"method {method.name} takes the teacher as reference on rollouts, which have none; use old or current"
+    if demo.select == "likelihood" and demo.likelihood_of == "reference" and not has_reference and method.demos:
+        yield (
+            "hpt.demo.likelihood_of=reference needs verl's reference model; set "
+            "actor_rollout_ref.actor.use_kl_loss=True (kl_loss_coef=0 keeps the KL out), or use policy, or a column"
+        )
     if config.algorithm.get("use_kl_in_reward"):
         if method.rollouts is None:
             yield f"method {method.name} trains on demonstrations only: algorithm.use_kl_in_reward=True has no effect"

@@ -23,6 +23,9 @@ from verl_hpt.parts import Constants, Tokens
 ROW_FIELD = "hpt_row"
 # One row of numbers a row of the batch: a field that is missing on one row would vanish for its whole rank.
 ROW_COLUMNS = ("is_demo", "w_rl", "w_demo", "w_entropy", "advantage", "reward", "correct", "other_log_prob")
+# What is told of each token where the run asks for it: weights (1 on rollouts), a teacher's log-probs (0 on rollouts).
+TOKEN_FIELDS = {"token_weights": "hpt_token_weights", "teacher_log_prob": "hpt_teacher_log_prob"}
+WEIGHTS, TEACHER = TOKEN_FIELDS["token_weights"], TOKEN_FIELDS["teacher_log_prob"]
 # Edges of the histograms from which the driver reads quantiles: probabilities and weights of demonstrations' tokens.
 P_EDGES = tuple(i / 20 for i in range(21))
 W_EDGES = (
@@ -96,14 +99,16 @@ def hpt_loss(model_output, data, dp_group=None, *, spec: LossSpec):
         ref_log_prob=blanked(rows["ref_log_prob"]) if "ref_log_prob" in spec.fields else None,
         entropy=None if entropy is None else blanked(entropy),
         other_log_prob=column["other_log_prob"],
+        teacher_log_prob=blanked(rows[TEACHER]) if TEACHER in spec.fields else None,
         constants=spec.constants,
     )
     terms = row_terms(spec.method, tokens, is_demo)
     w_rl = column["w_rl"]
     if "rollout_is_weights" in spec.fields:
         w_rl = w_rl * torch.where(is_demo, torch.ones_like(w_rl), blanked(rows["rollout_is_weights"]))
+    of_tokens = blanked(rows[WEIGHTS]) if WEIGHTS in spec.fields else mask
     del rows
-    loss, sums = _sum(log_prob, tokens, terms, column, w_rl)
+    loss, sums = _sum(log_prob, tokens, terms, column, w_rl, of_tokens)
     names = SUMS
     if spec.entropy_coeff:
         bonus = Weighted.apply(entropy, (column["w_entropy"] * tokens.entropy).sum(), column["w_entropy"] * mask)
@@ -136,12 +141,17 @@ class Weighted(torch.autograd.Function):
         return weight * grad, None, None
 
 
-def _sum(log_prob: Tensor, tokens: Tokens, terms: RowTerms, column: dict, w_rl: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The terms under their weights summed, on the graph; and the numbers that ``SUMS`` names, in its order."""
+def _sum(
+    log_prob: Tensor, tokens: Tokens, terms: RowTerms, column: dict, w_rl: Tensor, of_tokens: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """The terms under their weights summed, on the graph; and the numbers that ``SUMS`` names, in its order.
+
+    of_tokens: (rows, response_len) what multiplies a row's weights on each token: the mask, or weights, 0 off the mask.
+    """
     with torch.no_grad():
         mask, demo = tokens.mask, column["is_demo"].squeeze(-1)
         rl, imitated = (column["w_rl"] != 0).squeeze(-1), (column["w_demo"] != 0).squeeze(-1)
-        w_rl, w_demo = w_rl * mask, column["w_demo"] * mask
+        w_rl, w_demo = w_rl * of_tokens, column["w_demo"] * of_tokens
         gradient = (w_rl * terms.rl).addcmul_(w_demo, terms.demo).neg_()
         value = w_rl.mul_(terms.rl_value).addcmul_(w_demo, terms.demo_value).sum(-1).neg_()
         count = mask.sum(-1)

@@ -38,7 +38,7 @@ class Constants:
     entropy_weight: float = 0.5  # SRFT's weight of its SFT term (arXiv 2506.19767, eq. 6–7)
     positive_weight: float = 0.1  # SRFT's weight of correct rollouts (eq. 8–9)
     kl: float = 0.1  # ASFT's λ_kl (arXiv 2509.23753; its code's default, 0.03 for bf16)
-    max_ratio: float = 100.0  # cap of π_ref/p in ASFT's log-prob form, unbounded as p → 0
+    max_ratio: float = 100.0  # cap of π_ref/p in ASFT's log-prob form, unbounded as p → 0; of p/π_ref of ``teacher``
     otr_beta: float = 0.0  # OTR's reward of a sampled token that is not the label (arXiv 2509.26313)
     psft_clip: float = 0.28  # ε of PSFT (arXiv 2508.17784)
     trust: float = 0.1  # α of TrSFT (arXiv 2512.17636)
@@ -58,6 +58,7 @@ class Tokens:
     ref_log_prob: Tensor | None = None  # log π of verl's frozen reference model
     entropy: Tensor | None = None  # token entropy of π_θ, nats
     other_log_prob: Tensor | None = None  # (rows, 1) mean log-prob of a demonstration under other models (POFT)
+    teacher_log_prob: Tensor | None = None  # log π of the model that wrote the demonstration
     constants: Constants = field(default_factory=Constants)
     _ratio: Tensor | None = field(default=None, init=False, repr=False)
 
@@ -94,7 +95,8 @@ def part(kind: str, *, needs: tuple[str, ...] = (), over_group: Callable[[np.nda
 
     Args:
         kind: mask, reference, advantage or likelihood.
-        needs: columns of ``Tokens`` that are there only on demand: old_log_prob, ref_log_prob, entropy, other_log_prob.
+        needs: columns of ``Tokens`` that are there only on demand: old_log_prob, ref_log_prob, entropy, other_log_prob,
+            teacher_log_prob.
         over_group: for an advantage: rewards of one question's rows (n,) -> advantages (n,), computed by the plan.
 
     Example of a user's own module, named in ``hpt.modules``::
@@ -186,6 +188,16 @@ def old(tokens: Tokens) -> Tensor:
 def one(tokens: Tokens) -> Tensor:
     """π_ref = 1: the demonstration's author is taken as certain (LUFFY, arXiv 2504.14945, section 3.2)."""
     return torch.zeros_like(tokens.log_prob)
+
+
+@part("reference", needs=("teacher_log_prob",))
+def teacher(tokens: Tokens) -> Tensor:
+    """π_ref = the policy that wrote the demonstration: importance sampling, where a column has its log-probs.
+
+    Of no paper's table: 1/π_ref of the unified estimator (arXiv 2509.04419, section 3) taken at its word. The ratio
+    π_θ/π_ref is capped at ``hpt.options.max_ratio``.
+    """
+    return torch.maximum(tokens.teacher_log_prob, tokens.log_prob - float(np.log(tokens.constants.max_ratio)))
 
 
 @part("reference", needs=("old_log_prob",))

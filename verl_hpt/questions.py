@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from verl_hpt import demos, mixing
-from verl_hpt.config import Demo
+from verl_hpt import config, demos, mixing
+from verl_hpt.demo_columns import Demo, check_values, row_demos
 from verl_hpt.errors import UserError
 from verl_hpt.lifecycle import UNKNOWN, Past
 from verl_hpt.mixing import PlanSettings, Question
+from verl_hpt.normalize import relative
 
 logger = logging.getLogger(__name__)
+
+# A demonstration that can be trained on, with what is known of it: its place in the row, its content, its reward, and
+# the values of the columns that the settings name (``demo_columns.DemoColumns``).
+Candidate = tuple[demos.EncodedDemo, dict]
 
 
 @dataclass
@@ -80,15 +85,16 @@ class Reader:
     eos: end token. max_length: tokens of a response, EOS included. success: what a demonstration counts as by default.
     """
 
-    def __init__(self, tokenizer, eos: int, settings: Demo, max_length: int, seed: int = 0, template_kwargs=None):
+    def __init__(
+        self, tokenizer, eos: int, settings: config.Demo, max_length: int, seed: int = 0, template_kwargs=None
+    ):
         self.tokenizer, self.eos, self.settings = tokenizer, eos, settings
         self.max_length, self.seed, self.template_kwargs = max_length, seed, dict(template_kwargs or {})
+        self.columns = settings.columns()
         self.warned: set[str] = set()
 
-    def read(
-        self, group: Group, draw: int, success: float, counts: Counter, past: Past = UNKNOWN
-    ) -> list[tuple[demos.EncodedDemo, dict]]:
-        """The question's demonstrations for this draw, each with its reward and other columns.
+    def candidates(self, group: Group, success: float, counts: Counter, past: Past = UNKNOWN) -> list[Candidate]:
+        """The question's demonstrations that it could be shown at this draw.
 
         counts: gains ``unusable`` and ``unusable/<reason>``, one a question without any usable demonstration;
             ``history/cooling`` or ``history/retired`` for one whose demonstrations rest or are all retired.
@@ -96,19 +102,22 @@ class Reader:
         Raises:
             UserError: ``hpt.demo.on_unusable=error`` and there is none: names the question and why.
         """
-        settings, why = self.settings, None
-        raw = demos.demonstrations(group.columns.get(settings.key))
+        try:
+            raw, why = row_demos(group.columns, self.settings.key, self.columns), None
+        except demos.Unusable as error:
+            self._tell(group, error, counts)
+            return []
         usable, retired = [], False
         if raw and past.cooling:
             counts["history/cooling"] += 1
             return []
-        for place, demo in enumerate(raw):
-            if past.retired(place):
+        for demo in raw:
+            if past.retired(demo.index):
                 retired = True
                 continue
             try:
                 encoded = demos.encode(
-                    demo,
+                    demo.content,
                     self.tokenizer,
                     self.eos,
                     prompt_ids=group.prompt,
@@ -116,45 +125,44 @@ class Reader:
                     prompt_messages=demos.plain(group.columns.get("raw_prompt")),
                     template_kwargs=self.template_kwargs,
                 )
-                usable.append((encoded, self._columns(group, place, len(raw), success)))
+                usable.append((encoded, self._values(demo, encoded, success)))
             except demos.Unusable as error:
                 why = why or error
         if not usable and retired:
             counts["history/retired"] += 1
-            return []
-        if not usable:
+        elif not usable:
             self._tell(group, why or demos.Unusable("null"), counts)
-            return []
+        return usable
+
+    def choose(self, group: Group, usable: Sequence[Candidate], draw: int, past: Past = UNKNOWN) -> list[Candidate]:
+        """Those of the candidates that the question is shown at this draw, by ``demo.select``."""
+        settings = self.settings
         chosen = demos.select(
-            [raw[columns["place"]] for _, columns in usable],
+            [values["content"] for _, values in usable],
             settings.select,
             settings.per_question,
             seed=self.seed,
             draw=past.uses if settings.select == "round_robin" else draw,
             question_key=group.key,
             lengths=[len(encoded.ids) for encoded, _ in usable],
-            log_likelihoods=[columns.get("log_likelihood") for _, columns in usable],
-            seen={i: past.used(columns["place"]) for i, (_, columns) in enumerate(usable)},
+            log_likelihoods=[values.get("log_likelihood") for _, values in usable],
+            seen={i: past.used(values["place"]) for i, (_, values) in enumerate(usable)},
         )
         return [usable[i] for i in chosen]
 
-    def _columns(self, group: Group, place: int, n: int, success: float) -> dict:
-        settings, row = self.settings, {"place": place, "reward": success}
-        wanted = {"log_likelihood": settings.log_likelihood, "other_log_prob": settings.other_log_prob}
-        if isinstance(settings.reward, str):
-            wanted["reward"] = settings.reward
-        elif settings.reward is not None:
-            row["reward"] = settings.reward
-        for name, column in wanted.items():
-            if column is None:
-                continue
-            cell = demos.plain(group.columns.get(column))
-            values = cell if isinstance(cell, list) else [cell]
-            value = values[place] if len(values) == n else None
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise demos.Unusable("bad_column", f"{column}={cell!r} for demonstration {place + 1} of {n}")
-            row[name] = float(value)
-        return row
+    def _values(self, demo: Demo, encoded: demos.EncodedDemo, success: float) -> dict:
+        """What the columns say of a demonstration, checked; raises `Unusable` for what does not fit or is missing."""
+        settings, values = self.settings, dict(demo.values)
+        check_values(demo, self.columns, encoded)
+        for name in ("reward", "other_log_prob", "teacher_log_prob"):
+            column = getattr(self.columns, name)
+            if column is not None and name not in values:
+                raise demos.Unusable("bad_column", f"{column} has no value for demonstration {demo.index + 1}")
+        reward = success if settings.reward is None else settings.reward
+        given = {"place": demo.index, "content": demo.content, "reward": reward} | values
+        if "token_weights" in given:
+            given["token_weights"] = relative(given["token_weights"], encoded.mask)
+        return given
 
     def _tell(self, group: Group, why: demos.Unusable, counts: Counter) -> None:
         text = f"{group.named()}: its demonstration in column {self.settings.key!r} is unusable: {why}"
@@ -176,7 +184,8 @@ def questions_of(
     settings: PlanSettings,
     draw: int,
     past: Sequence[Past] | None = None,
-) -> tuple[list[Question], list[list[tuple[demos.EncodedDemo, dict]]], Counter]:
+    likelihoods: Callable[[Sequence[tuple[Group, Candidate]]], Sequence[float]] | None = None,
+) -> tuple[list[Question], list[list[Candidate]], Counter]:
     """The plan's questions, and their demonstrations' tokens.
 
     Demonstrations are read (tokenised) only for questions that would train on one.
@@ -184,43 +193,46 @@ def questions_of(
     Args:
         scores, returns, lengths: (rows of the batch,) verifier's score, what Â is made of, tokens that count.
         draw: the step. past: what is known of each group's question from earlier steps.
+        likelihoods: mean log-likelihoods a token of (group, candidate) pairs, where a model is asked for them; called
+            once, for the questions that have more candidates than they are shown.
 
     Raises:
         UserError: a score or return that is not finite; names the question.
     """
     questions, read, counts = [], [], Counter()
-    for number, group in enumerate(groups):
-        rows = group.rows
+    past = [UNKNOWN] * len(groups) if past is None else past
+    for group, known in zip(groups, past, strict=True):
         for name, values in (("reward", scores), ("return", returns)):
-            if not np.isfinite(values[rows]).all():
+            if not np.isfinite(values[group.rows]).all():
                 raise UserError(
-                    f"{group.named()}: {name} {values[rows].tolist()} is not finite. Mend the reward function, or have "
-                    "it return a number for this answer"
+                    f"{group.named()}: {name} {values[group.rows].tolist()} is not finite. Mend the reward function, "
+                    "or have it return a number for this answer"
                 )
+        success = settings.gate_of(group.source).success
         question = Question(
             key=group.key,
-            rewards=scores[rows],
-            lengths=lengths[rows].astype(int),
-            returns=returns[rows],
+            rewards=scores[group.rows],
+            lengths=lengths[group.rows].astype(int),
+            returns=returns[group.rows],
             source=group.source,
             demo_lengths=np.ones(1, dtype=int),
-            demo_rewards=np.array([settings.gate_of(group.source).success]),
+            demo_rewards=np.array([success]),
         )
+        questions.append(question)
         decision = mixing.decide(question, settings)  # as if it had a demonstration
-        found = []
-        if settings.method.demos and (decision.off or decision.sft) and decision.zone != "own":
-            known = UNKNOWN if past is None else past[number]
-            found = reader.read(group, draw, settings.gate_of(group.source).success, counts, known)
-        read.append(found)
-        questions.append(
-            Question(
-                key=question.key,
-                rewards=question.rewards,
-                lengths=question.lengths,
-                returns=question.returns,
-                source=question.source,
-                demo_lengths=np.array([sum(encoded.mask) for encoded, _ in found], dtype=int),
-                demo_rewards=np.array([columns["reward"] for _, columns in found], dtype=np.float64),
-            )
+        teaches = settings.method.demos and (decision.off or decision.sft) and decision.zone != "own"
+        read.append(reader.candidates(group, success, counts, known) if teaches else [])
+    if likelihoods is not None:
+        several = [i for i, found in enumerate(read) if len(found) > reader.settings.per_question]
+        pairs = [(groups[i], candidate) for i in several for candidate in read[i]]
+        for (_, (_, values)), number in zip(pairs, likelihoods(pairs) if pairs else [], strict=True):
+            values["log_likelihood"] = number
+    for i, (group, known) in enumerate(zip(groups, past, strict=True)):
+        read[i] = reader.choose(group, read[i], draw, known) if read[i] else []
+        counts.update(f"demo_source/{values['source']}" for _, values in read[i] if "source" in values)
+        questions[i] = dataclasses.replace(
+            questions[i],
+            demo_lengths=np.array([sum(encoded.mask) for encoded, _ in read[i]], dtype=int),
+            demo_rewards=np.array([values["reward"] for _, values in read[i]], dtype=np.float64),
         )
     return questions, read, counts

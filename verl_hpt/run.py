@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from verl_hpt import __version__, advantage, config, guard
 from verl_hpt.errors import UserError
 from verl_hpt.lifecycle import SPARED, Lifecycle
-from verl_hpt.loss import ROW_COLUMNS, ROW_FIELD, LossSpec
+from verl_hpt.loss import ROW_COLUMNS, ROW_FIELD, TOKEN_FIELDS, LossSpec
 from verl_hpt.mixing import DEMO, Plan, PlanSettings
 from verl_hpt.questions import Reader
 
@@ -39,10 +39,21 @@ class Run:
         fused = bool(model.get("use_fused_kernels", False))
         # At T ≠ 1 verl divides logits by the rollouts' temperature; a demonstration's likelihood is at T = 1.
         self.row_temperature = rollout.temperature != 1.0 and not fused and bool(self.method.demos)
-        self.marked = (ROW_FIELD, *(["temperature"] if self.row_temperature else []))
+        demo = self.settings.demo
+        # The pass that tells whose likelihood chooses among demonstrations; None where a column does, or nothing.
+        asked = demo.likelihood_of if demo.select == "likelihood" and self.method.demos else "column"
+        self.choosing_pass = {"column": None, "policy": "old_log_prob", "reference": "ref_log_prob"}[asked]
         # verl's old-log-prob pass compares with the rollout engine's log-probs, which demonstrations do not have.
-        passes = "old_log_prob" in self.method.needs_of_demos and rollout.calculate_log_probs
-        self.pass_fields = ("rollout_log_probs",) if passes else ()
+        passes = "old_log_prob" in {*self.method.needs_of_demos, self.choosing_pass}
+        self.pass_fields = ("rollout_log_probs",) if passes and rollout.calculate_log_probs else ()
+        told = {"token_weights": demo.token_weights is not None and bool(self.method.demos)}
+        told["teacher_log_prob"] = "teacher_log_prob" in self.method.needs_of_demos
+        self.token_columns = tuple(name for name, wanted in told.items() if wanted)
+        self.marked = (
+            ROW_FIELD,
+            *(["temperature"] if self.row_temperature else []),
+            *(TOKEN_FIELDS[name] for name in self.token_columns),
+        )
         self.lifecycle = Lifecycle(self.settings, rollout.n)
         self.best_score, self.rounds = float("-inf"), 0
         print(self.banner(verl, fused), flush=True)
@@ -136,7 +147,7 @@ class Run:
 
     def loss_spec(self) -> LossSpec:
         actor = self.verl_config.actor_rollout_ref.actor
-        fields = ["response_mask", "old_log_probs", ROW_FIELD]
+        fields = ["response_mask", "old_log_probs", ROW_FIELD, *(TOKEN_FIELDS[name] for name in self.token_columns)]
         kl_coef = float(actor.kl_loss_coef) if actor.use_kl_loss and self.method.rollouts is not None else 0.0
         if self.method.uses_critic:
             fields.append("advantages")
@@ -194,6 +205,25 @@ class Run:
             marks["temperature"] = torch.where(rows[:, 0] > 0, 1.0, of_rollouts)
         return marks
 
+    def token_marks(self, lengths: Sequence[int], demonstrations: Sequence[dict | None]) -> dict[str, torch.Tensor]:
+        """Our columns with a number a token, jagged, for rows in order; none where the run asks for none.
+
+        lengths: tokens of each row's response. demonstrations: a row's columns where it is a demonstration's, else
+        None; a weight is 1 and a log-prob 0 on all other rows.
+        """
+        if not len(lengths):
+            return {}
+        blank, columns = {"token_weights": 1.0, "teacher_log_prob": 0.0}, {}
+        for name in self.token_columns:
+            rows = [
+                torch.as_tensor(np.asarray(of[name]), dtype=torch.float32)
+                if of is not None and name in of
+                else torch.full((int(length),), blank[name])
+                for length, of in zip(lengths, demonstrations, strict=True)
+            ]
+            columns[TOKEN_FIELDS[name]] = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+        return columns
+
     def watch_success(self, scores: np.ndarray) -> None:
         """Warn once when no score ever reaches gate.success: the gate would imitate for ever."""
         self.rounds += 1
@@ -209,9 +239,7 @@ class Run:
         demo, named = self.settings.demo, {}
         if self.method.demos:
             named["hpt.demo.key"] = demo.key
-            for name in ("reward", "log_likelihood", "other_log_prob"):
-                if isinstance(getattr(demo, name), str):
-                    named[f"hpt.demo.{name}"] = getattr(demo, name)
+            named |= {f"hpt.demo.{name}": column for name, column in demo.columns().named().items()}
         if self.settings.question_key is not None:
             named["hpt.question_key"] = self.settings.question_key
         return named

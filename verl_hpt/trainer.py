@@ -27,37 +27,57 @@ from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.transferqueue_utils import kv_batch_meta2batch_meta
 
 from verl_hpt import demos, host
+from verl_hpt.demo_columns import packed, unpacked
 from verl_hpt.errors import UserError
 from verl_hpt.lifecycle import SPARED
 from verl_hpt.loss import hpt_loss
 from verl_hpt.metrics import of_plan, of_update
 from verl_hpt.mixing import DEMO, PADDING, Plan, Question, plan
-from verl_hpt.questions import Group, group_rows, identity, questions_of, row_sums
+from verl_hpt.questions import Candidate, Group, group_rows, identity, questions_of, row_sums
+from verl_hpt.rows import ENGINE_FIELDS, OwnRow, padding_row, token_fields
 from verl_hpt.run import Run
 
-# What the engine reads of a row, beside the loss's own fields.
-ENGINE_FIELDS = ("prompts", "responses", "input_ids", "position_ids", "response_mask", "loss_mask")
 ROLLOUTS = "__rollout_n__"  # verl's column: rollouts of a question, where they differ
-PADDING_PROMPT = 1  # tokens of a padding row's prompt; verl wants one at least. Its response has one more.
 
 
 @dataclass
 class Step:
-    """What one update is made of. demos: (questions, usable ones), tokens and columns of each."""
+    """What one update is made of. demos: (questions, those shown); lengths: (rows of the batch,) response tokens."""
 
     groups: list[Group]
     questions: list[Question]
-    demos: list[list[tuple[demos.EncodedDemo, dict]]]
+    demos: list[list[Candidate]]
     counts: Counter
     successes: list[float]
+    lengths: np.ndarray
     plan: Plan
+
+    def demo(self, row: int) -> Candidate | None:
+        """The demonstration that stands in a row of the plan, None where a rollout or padding does."""
+        if row == PADDING or self.plan.kind[row] != DEMO:
+            return None
+        return self.demos[self.plan.question[row]][self.plan.index[row]]
+
+    def own_row(self, row: int, eos: int) -> OwnRow:
+        """A row that is ours: a demonstration's prompt, answer and mask, or padding."""
+        if row == PADDING:
+            return padding_row(eos)
+        encoded, _ = self.demo(row)
+        return self.groups[self.plan.question[row]].prompt, encoded.ids, encoded.mask
+
+    def length(self, row: int) -> int:
+        """Tokens of a row's response."""
+        if row == PADDING:
+            return 1
+        if (demo := self.demo(row)) is not None:
+            return len(demo[0].ids)
+        return self.lengths[self.groups[self.plan.question[row]].rows[self.plan.index[row]]]
 
     def other_log_probs(self) -> np.ndarray:
         """Mean log-prob of each row of the plan under other models; 0 where there is none. -> (rows,)"""
         other = np.zeros(len(self.plan))
         for row in np.flatnonzero(self.plan.kind == DEMO):
-            _, columns = self.demos[self.plan.question[row]][self.plan.index[row]]
-            other[row] = columns.get("other_log_prob", 0.0)
+            other[row] = self.demo(row)[1].get("other_log_prob", 0.0)
         return other
 
 
@@ -86,43 +106,6 @@ def settings_for_now(config, changes: dict):
                 OmegaConf.update(config, path, value)
 
 
-def own_row(step: Step, row: int, eos: int) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
-    """Prompt, answer and mask of a row that is ours: a demonstration, or two tokens that carry nothing."""
-    if row == PADDING:
-        return [eos] * PADDING_PROMPT, [eos], [0]
-    question = step.plan.question[row]
-    encoded, _ = step.demos[question][step.plan.index[row]]
-    return step.groups[question].prompt, encoded.ids, encoded.mask
-
-
-def token_fields(rows, dtypes: dict[str, torch.dtype]) -> dict[str, torch.Tensor]:
-    """Columns of the rows that are ours, jagged, each in the dtype that the rollouts' column has.
-
-    What the loss reads beside tokens has no meaning on a demonstration: log-probs and advantages are 0, rollout
-    correction's weights 1.
-    """
-    answers = [torch.tensor(answer) for _, answer, _ in rows]
-    masks = [torch.tensor(mask) for _, _, mask in rows]
-    prompts = [torch.as_tensor(np.asarray(prompt)) for prompt, _, _ in rows]
-    whole = [torch.cat([p, a]) for p, a in zip(prompts, answers, strict=True)]
-    columns = {
-        "prompts": prompts,
-        "responses": answers,
-        "input_ids": whole,
-        "position_ids": [torch.arange(len(ids)) for ids in whole],
-        "response_mask": masks,
-        "loss_mask": masks,
-    }
-    for name in dtypes:
-        if name not in columns:
-            blank = torch.ones_like if name == "rollout_is_weights" else torch.zeros_like
-            columns[name] = [blank(answer) for answer in answers]
-    return {
-        name: torch.nested.as_nested_tensor([x.to(dtypes[name]) for x in column], layout=torch.jagged)
-        for name, column in columns.items()
-    }
-
-
 def hybrid(base):
     """Our trainer over any of verl's: the same class with the door of the update opened."""
 
@@ -137,6 +120,8 @@ def hybrid(base):
         def _init_dataloader(self):
             super()._init_dataloader()
             self.hpt.check_columns(self.train_dataset)
+            for loader in (self.train_dataloader, self.val_dataloader):
+                loader.collate_fn = partial(packed, collate=loader.collate_fn)
             self.hpt.meet(self.tokenizer)
 
         def on_init_end(self):
@@ -199,18 +184,19 @@ def hybrid(base):
             """Read what the gate needs, decide, plan."""
             groups = group_rows(batch.keys, [bool(tag.get("is_padding", False)) for tag in batch.tags])
             settings = self.hpt.plan_settings(self.global_steps, self._ranks())
-            scores, returns, lengths = self._read_rows(batch, groups)
+            scores, returns, counted, lengths = self._read_rows(batch, groups)
             self._read_questions(batch, groups)
             past = self.hpt.lifecycle.past(groups, self.global_steps)
+            likelihoods = partial(self._likelihoods, batch) if self.hpt.choosing_pass else None
             questions, read, counts = questions_of(
-                groups, scores, returns, lengths, self.hpt.reader, settings, self.global_steps, past
+                groups, scores, returns, counted, self.hpt.reader, settings, self.global_steps, past, likelihoods
             )
             self.hpt.watch_success(scores[[row for group in groups for row in group.rows]])
             successes = [settings.gate_of(question.source).success for question in questions]
-            return Step(groups, questions, read, counts, successes, plan(questions, settings))
+            return Step(groups, questions, read, counts, successes, lengths, plan(questions, settings))
 
         def _read_rows(self, batch, groups):
-            """Score, return and counted tokens of each row; 0 where the row is verl's padding."""
+            """Score, return, counted tokens and tokens of each row; 0 where the row is verl's padding."""
             rows = np.array([row for group in groups for row in group.rows], dtype=int)
             in_reward = self.config.algorithm.use_kl_in_reward
             names = ["rm_scores", "loss_mask", *(["token_level_rewards"] if in_reward else [])]
@@ -221,8 +207,9 @@ def hybrid(base):
                 whole[rows] = row_sums(jagged.values().numpy(), jagged.offsets().numpy())
                 return whole
 
-            scores = sums("rm_scores")
-            return scores, sums("token_level_rewards") if in_reward else scores, sums("loss_mask")
+            scores, lengths = sums("rm_scores"), np.zeros(len(batch.keys), dtype=int)
+            lengths[rows] = data["loss_mask"].offsets().diff().numpy()
+            return scores, sums("token_level_rewards") if in_reward else scores, sums("loss_mask"), lengths
 
         def _read_questions(self, batch, groups) -> None:
             """Prompt, identity and dataset columns of each group, from its first rollout."""
@@ -237,7 +224,7 @@ def hybrid(base):
             columns = {name: list(data[name]) for name in names if name != "prompts"}
             for i, group in enumerate(groups):
                 group.prompt = prompts[i]
-                group.columns = {name: values[i] for name, values in columns.items()}
+                group.columns = {name: unpacked(demos.plain(values[i])) for name, values in columns.items()}
                 group.source = str(demos.plain(group.columns.get("data_source")) or "")
                 key = self.hpt.settings.question_key
                 group.key = (
@@ -261,18 +248,15 @@ def hybrid(base):
                 )
             ]
             fields = self._fields()
-            self._put(keys, ~ours, partition, self.hpt.marks(plan, plan.layout[~ours], step.other_log_probs()))
+            self._put(keys, ~ours, partition, self._marks(step, plan.layout[~ours]))
             if ours.any():
-                real = next(key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding"))
-                copied = [*(name for name in fields if name not in self.hpt.marked), *self.hpt.pass_fields]
-                like = tq.kv_batch_get([real], partition, select_fields=copied)
-                if like["position_ids"].dim() != 2:
-                    raise UserError("multi-modal position ids are not supported yet: they have several axes a row")
                 written.extend(key for key, own in zip(keys, ours, strict=True) if own)
-                rows = [own_row(step, row, self.hpt.eos) for row in plan.layout[ours]]
-                own = token_fields(rows, {name: like[name].dtype for name in like.keys()})
-                self._put(keys, ours, partition, own | self.hpt.marks(plan, plan.layout[ours], step.other_log_probs()))
-                self._log_probs_of_demos(written, plan.layout[ours] != PADDING, partition)
+                rows = [step.own_row(row, self.hpt.eos) for row in plan.layout[ours]]
+                own = token_fields(rows, self._dtypes(batch, [name for name in fields if name not in self.hpt.marked]))
+                self._put(keys, ours, partition, own | self._marks(step, plan.layout[ours]))
+                demonstrations = [key for key, row in zip(written, plan.layout[ours], strict=True) if row != PADDING]
+                for need in sorted(self.hpt.method.needs_of_demos & {"old_log_prob", "ref_log_prob"}):
+                    self._pass(need, demonstrations, partition)
             mixed = KVBatchMeta(
                 partition_id=partition,
                 keys=keys,
@@ -301,25 +285,56 @@ def hybrid(base):
         def _extra_info(self, given=None) -> dict:
             return RowTemperature(given or {}) if self.hpt.row_temperature else dict(given or {})
 
-        def _log_probs_of_demos(self, keys: list[str], is_demo, partition) -> None:
-            """verl's own passes on demonstrations, where the method needs them; their metrics are thrown away."""
-            needs = self.hpt.method.needs_of_demos & {"old_log_prob", "ref_log_prob"}
-            chosen = [key for key, demo in zip(keys, is_demo, strict=True) if demo]
-            if not needs or not chosen:
+        def _marks(self, step: Step, layout: np.ndarray) -> dict[str, torch.Tensor]:
+            """Our columns for the rows of a layout."""
+            found = [step.demo(row) for row in layout] if self.hpt.token_columns else []
+            lengths = [step.length(row) for row in layout] if self.hpt.token_columns else []
+            of_tokens = self.hpt.token_marks(lengths, [demo and demo[1] for demo in found])
+            return self.hpt.marks(step.plan, layout, step.other_log_probs()) | of_tokens
+
+        def _dtypes(self, batch, names: Sequence[str]) -> dict[str, torch.dtype]:
+            """The rollouts' dtypes of these fields and of those that a log-prob pass reads."""
+            real = next(key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding"))
+            like = tq.kv_batch_get([real], batch.partition_id, select_fields=[*names, *self.hpt.pass_fields])
+            if like["position_ids"].dim() != 2:
+                raise UserError("multi-modal position ids are not supported yet: they have several axes a row")
+            return {name: like[name].dtype for name in like.keys()}
+
+        def _likelihoods(self, batch, candidates: Sequence[tuple[Group, Candidate]]) -> list[float]:
+            """Mean log-likelihood a token of demonstrations, nats, by verl's own pass over rows made for it."""
+            keys = [f"hpt{uuid.uuid4().hex}_0_0" for _ in candidates]
+            rows = [(group.prompt, encoded.ids, encoded.mask) for group, (encoded, _) in candidates]
+            columns = token_fields(rows, self._dtypes(batch, ENGINE_FIELDS))
+            if self.hpt.row_temperature:
+                columns["temperature"] = torch.ones(len(rows))
+            need = self.hpt.choosing_pass
+            name = {"old_log_prob": "old_log_probs"}.get(need, need)
+            try:
+                self._put(keys, [True] * len(keys), batch.partition_id, columns)
+                self._pass(need, keys, batch.partition_id)
+                said = tq.kv_batch_get(keys, batch.partition_id, select_fields=[name])[name].unbind()
+            finally:
+                tq.kv_clear(keys=keys, partition_id=batch.partition_id)
+            masks = [torch.tensor(mask, dtype=torch.float64) for _, _, mask in rows]
+            return [
+                float((row.double()[: len(mask)] * mask).sum() / mask.sum())
+                for row, mask in zip(said, masks, strict=True)
+            ]
+
+        def _pass(self, need: str, chosen: list[str], partition) -> None:
+            """verl's own pass for ``old_log_prob`` or ``ref_log_prob`` on rows of ours; its metrics are dropped."""
+            if not chosen:
                 return
             filling = self._filling_rows(-len(chosen) % self.hpt.log_prob_multiple(self._ranks()), chosen[0], partition)
-            names = [*ENGINE_FIELDS, *(["temperature"] if self.hpt.row_temperature else [])]
+            batch = KVBatchMeta(
+                partition_id=partition,
+                keys=chosen + filling,
+                tags=[{} for _ in chosen + filling],
+                fields=[*ENGINE_FIELDS, *(["temperature"] if self.hpt.row_temperature else [])],
+                extra_info=self._extra_info(),
+            )
             try:
-                for need in sorted(needs):
-                    batch = KVBatchMeta(
-                        partition_id=partition,
-                        keys=chosen + filling,
-                        tags=[{} for _ in chosen + filling],
-                        fields=list(names),
-                        extra_info=self._extra_info(),
-                    )
-                    compute = self._compute_old_log_prob if need == "old_log_prob" else self._compute_ref_log_prob
-                    compute(batch, {})
+                (self._compute_old_log_prob if need == "old_log_prob" else self._compute_ref_log_prob)(batch, {})
             finally:
                 if filling:
                     tq.kv_clear(keys=filling, partition_id=partition)

@@ -13,15 +13,23 @@ from pathlib import Path
 import pytest
 import torch
 from cpu_run import Training, question
+from omegaconf import OmegaConf
 
 from verl_hpt.estimator import METHODS
 from verl_hpt.explain import explain
+from verl_hpt.loss import TEACHER, WEIGHTS
 
 HERE = Path(__file__).parent
 SERVED = ("ppo", "asft")
 PLAIN = [name for name in METHODS if name not in SERVED]
 STEPS = 3
 EXTREMES = ["hpt gate.threshold=-1", "hpt gate.threshold=1", "hpt gate.off=0.9", "hpt normalization=official"]
+COLUMNS = [
+    "sft demo.select=likelihood demo.likelihood_of=policy demo.token_weights=weights demo.source=writer",
+    "sft demo.select=likelihood demo.log_likelihood=likelihoods demo.per_question=2 demo.token_weights=weights",
+    "hpt gate.threshold=0.5 demo.teacher_log_prob=teacher compose.rollouts=dr_grpo "
+    "compose.demos=[{'kind':R,'estimator':{'reference':teacher,'advantage':reward}}]",
+]
 
 
 def rows() -> list[dict]:
@@ -29,9 +37,15 @@ def rows() -> list[dict]:
     made = []
     for index in range(16):
         rule = {"rule": "never"} if index % 4 == 0 else {"rule": "random", "chance": 0.3 * (index % 4)}
-        made.append(question(index, rule, "live", demos=1) | {"others": [-2.0]})
+        made.append(question(index, rule, "live", demos=2))
     made[5]["target"] = ["x" * 200]  # too long
     made[9]["target"] = [""]
+    for row in made:
+        lengths = [len(text) + 1 for text in row["target"]]  # bytes and EOS
+        row["others"], row["writer"] = [-2.0 for _ in lengths], ["someone" for _ in lengths]
+        row["likelihoods"] = [-2.0 + i for i, _ in enumerate(lengths)]
+        row["weights"] = [[1.0 + t % 3 for t in range(n)] for n in lengths]
+        row["teacher"] = [[-0.1 - t / 10 for t in range(n)] for n in lengths]
     for index in range(0, 16, 3):  # a session that fails: its group comes back smaller
         made[index]["extra_info"]["lost"] = 0
     return made
@@ -88,7 +102,7 @@ def check(training: Training, methods: list[str]) -> None:
 
 
 def test_every_method_without_a_critic_or_reference_trains_and_explain_agrees(tmp_path, monkeypatch):
-    methods = PLAIN + EXTREMES
+    methods = PLAIN + EXTREMES + COLUMNS
     overrides = ["actor_rollout_ref.actor.ppo_mini_batch_size=4"]
     training = train(tmp_path, methods, overrides, monkeypatch)
     check(training, methods)
@@ -97,11 +111,15 @@ def test_every_method_without_a_critic_or_reference_trains_and_explain_agrees(tm
     assert at["hpt gate.threshold=1"]["hpt/demo_share"] >= 0.5 and at["hpt gate.threshold=-1"]["hpt/demo_share"] == 0
     assert at["sft"]["hpt/gradient_share/demos"] == pytest.approx(1)
     assert any(m.get("hpt/unusable_demos") for m in metrics.values())
-    explained = compare_with_explain(tmp_path / "records")
+    explained = compare_with_explain(tmp_path / "records", methods)
     assert explained["hpt"] and explained["luffy"] and explained["srft"]
+    assert all(explained[name] for name in [*EXTREMES[:2], *COLUMNS])
+    weighted, two = (metrics[STEPS * (methods.index(name) + 1)] for name in COLUMNS[:2])
+    assert weighted["hpt/demo_source/someone"] == weighted["hpt/rows/demos"] > 0
+    assert two["hpt/rows/demos"] > two["hpt/questions"], "two demonstrations a question, where there are two"
 
 
-def compare_with_explain(folder: Path) -> dict[str, int]:
+def compare_with_explain(folder: Path, methods: list[str]) -> dict[str, int]:
     """Each recorded step as a CASE: its gradients from ``explain`` and from the training. Methods -> rows compared."""
     compared = defaultdict(int)
     records = sorted(folder.glob("loss_*.json"), key=lambda p: (p.stat().st_mtime_ns, p.name))
@@ -109,27 +127,28 @@ def compare_with_explain(folder: Path) -> dict[str, int]:
     assert len(records) == len(plans)
     for step, (plan_file, record_file) in enumerate(zip(plans, records, strict=True), 1):
         plan, record = json.loads(plan_file.read_text()), json.loads(record_file.read_text())
-        method = METHODS[plan["method"]]
-        if method.when in ("soft", "unrewarded", "own") or "normalization" in plan:
+        trained = methods[(step - 1) // STEPS]
+        name, *settings = trained.split()
+        # Their rule reads rollouts that a plan has no rows of.
+        if METHODS[name].when in ("soft", "unrewarded", "own") or "gate.off" in trained:
             continue
+        settings = [setting for setting in settings if not setting.startswith("demo.")]
+        told = {"method": name, "rl_length_scale": 24} | OmegaConf.to_container(OmegaConf.from_dotlist(settings))
         questions = {}
         for i, row in enumerate(plan["rows"]):
             if row["kind"] >= 0:
                 questions.setdefault(row["question"], {0: {}, 1: {}})[row["kind"]][row["index"]] = (i, row)
         case = {
-            "hpt": {"method": plan["method"], "rl_length_scale": 24, "gate": {}},
+            "hpt": told,
             "questions": [case_of(key, sides, record) for key, sides in questions.items()],
         }
         # Whole groups only: a question that trains on its demonstration has no rollouts on record, and needs none.
-        told = explain(case)
-        for told_row in told["rows"]:
+        for told_row in explain(case)["rows"]:
             place, _ = questions[told_row["uid"]][told_row["kind"] == "demo"][told_row["index"]]
             length = len(told_row["gradient"])
             expected = record["gradient"][place][:length]
-            if EXTREMES and step > STEPS * len(PLAIN):
-                continue  # those have settings of their own
             assert told_row["gradient"] == pytest.approx(expected, rel=1e-5, abs=1e-5 * max(map(abs, expected)) + 1e-9)
-            compared[plan["method"]] += 1
+            compared[trained] += 1
     return compared
 
 
@@ -147,6 +166,8 @@ def case_of(key: str, sides: dict, record: dict) -> dict:
             "old_log_prob": column("old_log_probs"),
             "other_log_prob": -2.0,
         }
+        if planned["kind"] == 1:
+            given |= {"token_weights": column(WEIGHTS), "teacher_log_prob": column(TEACHER)}
         return given | ({"entropy": column("entropy")} if "entropy" in record else {})
 
     rollouts = [row(*sides[0][i]) for i in sorted(sides[0])]
@@ -155,7 +176,8 @@ def case_of(key: str, sides: dict, record: dict) -> dict:
 
 
 def test_methods_with_critic_and_reference_train_with_every_extreme_on(tmp_path, monkeypatch):
-    methods = [*SERVED, "hpt", "psft", "rl_plus", "srft"]
+    choosing = ["sft demo.select=likelihood demo.likelihood_of=" + whose for whose in ("reference", "policy")]
+    methods = [*SERVED, "hpt", "psft", "rl_plus", "srft", *choosing]
     overrides = [
         "critic.enable=True",
         f"critic.model.path={tmp_path / 'run' / 'model'}",
@@ -172,6 +194,7 @@ def test_methods_with_critic_and_reference_train_with_every_extreme_on(tmp_path,
         "actor_rollout_ref.actor.ppo_epochs=2",
         "actor_rollout_ref.actor.ppo_mini_batch_size=2",
         "actor_rollout_ref.rollout.temperature=0.8",
+        "actor_rollout_ref.rollout.calculate_log_probs=True",
         "actor_rollout_ref.actor.use_dynamic_bsz=True",
         "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=200",
         "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=True",

@@ -1,6 +1,6 @@
 """Random questions with tokens, and the rows of a plan over them as verl hands them to the actor.
 
-Rows are written by the code that writes them in training (``trainer.token_fields``, ``Run.marks``); only what a model
+Rows are written by the code that writes them in training (``rows.token_fields``, ``Run.marks``); only what a model
 would have computed (log-probs) is drawn at random.
 """
 
@@ -16,8 +16,8 @@ from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 
 from verl_hpt.mixing import DEMO, PADDING, ROLLOUT, Plan, Question
+from verl_hpt.rows import token_fields
 from verl_hpt.run import Run
-from verl_hpt.trainer import token_fields
 
 TOKENS = ("prompts", "responses", "input_ids", "position_ids", "response_mask", "loss_mask")
 

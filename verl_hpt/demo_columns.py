@@ -1,0 +1,128 @@
+"""What a dataset's columns say of each demonstration beside its text: reward, weights, a teacher's log-probs ..."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from verl_hpt.demos import EncodedDemo, Unusable, demonstrations, plain
+
+_PACKED = "verl-hpt packed: "  # what a text of ours begins with
+PER_TOKEN = ("teacher_log_prob", "token_weights")
+
+
+@dataclass(frozen=True)
+class DemoColumns:
+    """Names of the optional columns beside the demonstrations' own; None where there is none.
+
+    Each holds one value for a row with one demonstration, or a list with one value for each demonstration.
+    """
+
+    reward: str | None = None  # a number
+    log_likelihood: str | None = None  # a number: mean log-prob a token, nats
+    other_log_prob: str | None = None  # a number: the same under other models
+    teacher_log_prob: str | None = None  # (tokens,) log π of the model that wrote it, at most 0
+    token_weights: str | None = None  # (tokens,) at least 0
+    source: str | None = None  # text
+
+    def named(self) -> dict[str, str]:
+        """The columns that there are."""
+        return {name: column for name, column in vars(self).items() if column is not None}
+
+
+@dataclass(frozen=True)
+class Demo:
+    """One raw demonstration of a row with what the columns say of it; a column that says nothing has no entry."""
+
+    content: Any
+    index: int  # position in the row's cell
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+def row_demos(row: Mapping, key: str, columns: DemoColumns | None = None) -> list[Demo]:
+    """The demonstrations of a row, each with its own columns' values, not yet checked.
+
+    Raises `Unusable("bad_column")` where a column has another number of values than there are demonstrations.
+    """
+    raw = demonstrations(row.get(key))
+    named = (columns or DemoColumns()).named()
+    values = {name: _spread(row.get(column), len(raw), name, column) for name, column in named.items()}
+    return [
+        Demo(content, i, {name: of[i] for name, of in values.items() if of[i] is not None})
+        for i, content in enumerate(raw)
+    ]
+
+
+def _spread(cell: Any, count: int, name: str, column: str) -> list:
+    cell = plain(cell)
+    if cell is None:
+        return [None] * count
+    one = not isinstance(cell, list) or (name in PER_TOKEN and not any(isinstance(v, list) for v in cell))
+    if one and count != 1:
+        raise Unusable("bad_column", f"{column} has one value for {count} demonstrations")
+    values = [cell] if one else cell
+    if len(values) != count:
+        raise Unusable("bad_column", f"{column} has {len(values)} values for {count} demonstrations")
+    return values
+
+
+def check_values(demo: Demo, columns: DemoColumns, encoded: EncodedDemo | None = None) -> None:
+    """Raise `Unusable("bad_column")` for a value that is not what its column holds.
+
+    encoded: the demonstration's tokens, where known: per-token columns must have a value for each of them.
+    """
+    for name, column in columns.named().items():
+        value = demo.values.get(name)
+        if value is None:
+            continue
+        if name == "source":
+            if not isinstance(value, str):
+                raise Unusable("bad_column", f"{column} must hold text, got {str(value)[:80]}")
+            continue
+        numbers = value if name in PER_TOKEN else [value]
+        if not isinstance(numbers, list) or not all(_finite(v) for v in numbers):
+            raise Unusable("bad_column", f"{column} must hold finite numbers, got {str(value)[:80]}")
+        if name == "teacher_log_prob" and any(v > 0 for v in numbers):
+            raise Unusable("bad_column", f"{column} must hold log-probabilities, at most 0, got {max(numbers)}")
+        if name == "token_weights" and (any(v < 0 for v in numbers) or not any(numbers)):
+            raise Unusable("bad_column", f"{column} must hold weights of 0 or more, and one above 0")
+        if encoded is None or name not in PER_TOKEN:
+            continue
+        if len(numbers) != len(encoded.ids):
+            detail = f"{column} has {len(numbers)} values for {len(encoded.ids)} tokens, EOS included"
+            raise Unusable("bad_column", detail)
+        if name == "token_weights" and not any(w and m for w, m in zip(numbers, encoded.mask, strict=True)):
+            raise Unusable("bad_column", f"{column} has no weight above 0 on what the assistant says")
+
+
+def packed(rows: Sequence[dict], collate: Callable[[list[dict]], dict]) -> dict:
+    """A batch as ``collate`` makes it, with each uneven list of lists as one text; ``unpacked`` is the way back.
+
+    verl's agent loop makes an array of every column (``np.array([value] * n)``), which fails for lists of different
+    lengths in a list, and with it every rollout: demonstrations of several turns, weights of several demonstrations.
+    """
+    return collate([{name: _pack(value) for name, value in row.items()} for row in rows])
+
+
+def unpacked(value: Any) -> Any:
+    """What ``packed`` was given."""
+    return json.loads(value[len(_PACKED) :]) if isinstance(value, str) and value.startswith(_PACKED) else value
+
+
+def _pack(value: Any) -> Any:
+    if not isinstance(value, list) or not any(isinstance(item, list | np.ndarray) for item in value):
+        return value
+    try:
+        np.array([value])
+    except ValueError:
+        return _PACKED + json.dumps(plain(value))
+    return value
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
