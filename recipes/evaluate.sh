@@ -10,9 +10,8 @@
 # Hardware   GPUS of any kind that hold the model (default 8)
 # Time       not measured by us
 # Versions   composed and validated in CI against verl 0.9.1; run on a CPU with a two-layer model, not yet on GPUs
-# Expect     OUT/metrics.jsonl, one line: val-core/SET/acc/mean@K is avg@K. val-core/SET/acc/best@K/mean is verl's
-#            estimate of pass@K, a bootstrap of the K answers drawn with replacement, so it is too low: where 1 of 8 answers is
-#            right, best@8 is 1 - (7/8)^8 = 0.66 and pass@8 is 1. All answers and scores: OUT/answers.
+# Expect     A table of avg@K and pass@k of every set (`verl-hpt report OUT` prints it again), from all answers and scores
+#            in OUT/answers. pass@k is exact; verl's own best@K in OUT/metrics.jsonl draws with replacement and is lower.
 # Prompts    --suffix '' where the chat template itself asks for \boxed{} (Qwen2.5-Math's, recipes/llama3.1_8b.sh's);
 #            without it eval-set adds that request to every question. Evaluate as you train.
 # Settings   K (default 8), EVAL_DIR (default outputs/eval), OUT (default outputs/evaluate/NAME), GPUS (8). T = 0.6 and
@@ -59,6 +58,7 @@ VERL_FILE_LOGGER_PATH=$out/metrics.jsonl python -m verl.trainer.main_ppo \
   actor_rollout_ref.rollout.val_kwargs.n="$k" actor_rollout_ref.rollout.val_kwargs.temperature=0.6 \
   actor_rollout_ref.rollout.val_kwargs.top_p=0.95 \
   reward.custom_reward_function.path="$repo/verl_hpt/reward.py" \
+  reward.custom_reward_function.name=score_and_source \
   trainer.nnodes=1 trainer.n_gpus_per_node="${GPUS:-8}" trainer.logger='[console,file]' trainer.project_name=verl-hpt \
   trainer.experiment_name="$run_name" trainer.default_local_dir="$out/checkpoints" \
   trainer.validation_data_dir="$out/answers" "$@"

@@ -1,10 +1,11 @@
 """`verl-hpt report`: every number comes from verl's metrics, damaged input is named."""
 
+import itertools
 import json
 
 import pytest
 
-from verl_hpt import report
+from verl_hpt import report, report_answers
 from verl_hpt.errors import UserError
 
 ACC = "val-core/verl-hpt/reverse/acc/mean@1"
@@ -136,3 +137,44 @@ def test_several_validation_sets_make_the_papers_table_with_a_mean_only_over_all
     assert lines[0].split() == ["run", "aime24", "math-500", "mean"]
     assert lines[2].split() == ["one", "25.0", "50.0", "37.5"] and lines[3].split() == ["two", "–", "80.0", "–"]
     assert report.benchmarks({"two": part}) == ""
+
+
+# --- answers of a validation ------------------------------------------------------------------------------------------
+
+
+def write_answers(run, lines, step=0):
+    (run / "answers").mkdir(parents=True, exist_ok=True)
+    (run / "answers" / f"{step}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def answer(question, session, right, source="aime24"):
+    uid = f"{question}_{session}_0"
+    return {"input": "?", "output": "!", "score": right, "step": 0, "acc": right, "uid": uid, "data_source": source}
+
+
+def test_pass_at_k_is_the_share_of_draws_with_a_right_answer():
+    """Every subset of k of n answers, counted."""
+    for n, right in itertools.product(range(1, 7), range(7)):
+        for k in range(1, n + 1):
+            if right <= n:
+                draws = list(itertools.combinations([True] * right + [False] * (n - right), k))
+                assert report_answers.pass_at(k, n, right) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+def test_answers_become_avg_and_pass_of_each_set_and_a_lost_one_counts_as_wrong(tmp_path, capsys):
+    run = tmp_path / "run"
+    write(run, [(0, {ACC: 0.5})])
+    lines = [answer("a", s, float(s == 0)) for s in range(4)] + [answer("b", s, 1.0) for s in range(3)]
+    write_answers(run, [*lines, answer("c", 0, 1.0, "amc")])
+    write_answers(run, [answer("a", 0, 0.0)], step=-1)
+    assert report.main([str(run)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["set", "questions", "answers", "avg@n", "pass@2", "pass@4"] in rows
+    assert ["aime24", "2", "4", "50.0", "75.0", "100.0"] in rows and ["amc", "1", "1", "100.0", "–", "–"] in rows
+
+
+def test_a_line_that_is_no_answer_is_named(tmp_path):
+    write_answers(tmp_path, [answer("a", 0, 1.0), {"output": "x"}])
+    with pytest.raises(UserError, match=r"0\.jsonl, line 2: not an answer of verl's validation"):
+        report_answers.answers(str(tmp_path))
+    assert report_answers.answers(str(tmp_path / "nothing")) is None

@@ -15,6 +15,7 @@ import os
 import re
 import sys
 
+from verl_hpt import report_answers
 from verl_hpt.errors import UserError
 
 METRICS = "metrics.jsonl"
@@ -296,6 +297,9 @@ def main(argv: list[str]) -> int:
     print(table(summaries))
     if sets := benchmarks(summaries):
         print(f"\nlast avg@N of each validation set, in percent\n{sets}")
+    for name, run_dir in zip(names(args.run_dirs), args.run_dirs, strict=True):
+        if found := report_answers.answers(run_dir):
+            print(f"\n{name}: answers of the last validation, in percent\n{_aligned(report_answers.table(found))}")
     print(f"\n{os.path.join(out, 'report.png')} · {os.path.join(out, 'summary.json')}")
     return 0
 

@@ -200,6 +200,12 @@ def compute_score(
     return grader_of(data_source, solution, grader, graders)(data_source, solution, ground_truth, extra_info, **kwargs)
 
 
+def score_and_source(data_source, solution_str, ground_truth, extra_info=None, **kwargs) -> dict:
+    """`compute_score`, and the row's source beside it: verl's record of validation answers names no set by itself."""
+    score = compute_score(data_source, solution_str, ground_truth, extra_info, **kwargs)
+    return {**score, "data_source": _text(data_source)}
+
+
 _warned: set[str] = set()
 
 
