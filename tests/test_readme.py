@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from verl_hpt import config
+from verl_hpt.cli import COMMANDS
 from verl_hpt.estimator import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -35,3 +36,13 @@ def test_every_setting_and_every_method_is_named():
 
 def test_no_placeholder_is_left():
     assert not re.findall(r"\b[A-Z]{4,}_[A-Z_]{4,}\b", re.sub(r"VERL_[A-Z_]+|OMP_[A-Z_]+", "", README))
+
+
+def test_every_command_that_is_written_down_exists():
+    files = [ROOT / "README.md", *(ROOT / "recipes").glob("*.sh"), *(ROOT / "verl_hpt").glob("*.py")]
+    written = {
+        (command, file.name)
+        for file in files
+        for command in re.findall(r"(?m)(?:^|`|\$ )verl-hpt ([a-z]\w*)", file.read_text(encoding="utf-8"))
+    }
+    assert {command for command, _ in written} == set(COMMANDS), written

@@ -13,6 +13,7 @@ COMMANDS = {
     "methods": ("verl_hpt.table", "the table of methods with formulas and sources; --plot FILE draws their weights"),
     "doctor": ("verl_hpt.doctor", "check the installation; --ray also looks into a worker process"),
     "data": ("verl_hpt.data", "convert, check, likelihood, eval-set: demonstrations before you spend a GPU hour"),
+    "history": ("verl_hpt.history_report", "CHECKPOINT: questions taught, graduated, forgotten, never solved"),
     "report": ("verl_hpt.report", "RUN_DIR...: table, picture and summary of one or several runs"),
 }
 
