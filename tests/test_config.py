@@ -56,6 +56,11 @@ def test_bad_settings_are_named_with_key_value_and_choices(node, message):
         ({"compose": {"demos": []}}, r"terms on demonstrations and when='gate' contradict"),
         ({"method": "luffy", "gate": {"off": 0.5}}, r"hpt\.gate\.off is set, but method 'luffy' has no gate"),
         ({"gate": {"soft": [[0, 0, 1], [1, 0, 0]]}}, r"hpt\.gate\.soft is set.*hpt_soft"),
+        (
+            {"method": "hpt_off_on", "gate": {"function": "linear"}},
+            r"weighs an S term, and method 'hpt_off_on' has none",
+        ),
+        ({"compose": {"demos": [{"kind": "R", "estimator": {}}]}}, r"no group to take centered over"),
         ({"gate": {"function": "mine"}}, r"hpt\.gate\.function='mine' is not registered"),
         (
             {"method": "hpt_soft", "gate": {"soft": "steep"}},

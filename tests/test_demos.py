@@ -261,10 +261,13 @@ def test_columns_that_do_not_fit_are_refused(row):
 def test_per_token_columns_must_have_a_value_for_each_token_and_eos():
     tokenizer = tiny("qwen2.5")
     encoded = encode(TEXT, tokenizer, tokenizer.eos_token_id)
-    columns = DemoColumns(token_weights="w", teacher_log_prob="lp")
+    columns = DemoColumns(token_weights="w")
     check_values(Demo(TEXT, 0, {"token_weights": [1.0] * len(encoded.ids)}), columns, encoded)
+    teacher = DemoColumns(teacher_log_prob="lp")
     with pytest.raises(Unusable, match="EOS included"):
-        check_values(Demo(TEXT, 0, {"teacher_log_prob": [-1.0] * (len(encoded.ids) - 1)}), columns, encoded)
+        check_values(Demo(TEXT, 0, {"teacher_log_prob": [-1.0] * (len(encoded.ids) - 1)}), teacher, encoded)
+    with pytest.raises(Unusable, match="has no value for demonstration 1"):
+        check_values(Demo(TEXT, 0, {}), teacher, encoded)
     between = EncodedDemo([5, 6, 7], [1, 0, 1])
     with pytest.raises(Unusable, match="on what the assistant says"):
         check_values(Demo(TEXT, 0, {"token_weights": [0.0, 1.0, 0.0]}), columns, between)

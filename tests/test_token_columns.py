@@ -25,6 +25,7 @@ from verl_hpt.run import Run
 
 GROUPS = [([1, 0, 0], 2), ([0, 0, 0], 2), ([0, 0, 0], 1), ([1, 1, 0], 1)]
 OFF_POLICY = {"compose": {"demos": [{"kind": "R", "estimator": {"reference": "teacher", "advantage": "reward"}}]}}
+OWN = {"rollouts": None, "when": "own", "normalization": "token"}
 COLUMNS = ("token_weights", "teacher_log_prob")
 
 
@@ -181,8 +182,36 @@ def test_columns_come_with_the_demonstration_and_weights_are_relative():
     _, read, counts = ask(asked, per_question=2, token_weights="w", teacher_log_prob="t", source="s")
     first, second = (values for _, values in read[0])
     assert first["token_weights"].tolist() == [0.75, 2.25, 0.0] and "token_weights" not in second
-    assert first["teacher_log_prob"] == [-1.0, -2.0, -3.0] and (first["source"], second["source"]) == ("x", "y")
+    assert first["teacher_log_prob"].tolist() == [-1.0, -2.0, -3.0] and (first["source"], second["source"]) == (
+        "x",
+        "y",
+    )
     assert counts == {"demo_source/x": 1, "demo_source/y": 1}
+
+
+def test_a_row_without_demonstrations_or_values_says_so_and_nothing_of_columns():
+    _, read, counts = ask([group(None, w=[], s="x")], token_weights="w", source="s")
+    assert read == [[]] and counts == {"unusable": 1, "unusable/null": 1}
+    _, read, counts = ask([group(["a", "b"], w=[None, None], s=None)], token_weights="w", source="s", per_question=2)
+    assert len(read[0]) == 2 and not counts
+
+
+def test_rounding_and_huge_weights_do_no_harm():
+    given = {"w": [1e308, 1e308, 1e308], "t": [-1.0, 1e-7, -0.5]}
+    _, read, _ = ask([group("ab", **given)], token_weights="w", teacher_log_prob="t")
+    values = read[0][0][1]
+    assert values["token_weights"].tolist() == [1, 1, 1] and values["teacher_log_prob"].tolist() == [-1.0, 0.0, -0.5]
+
+
+@pytest.mark.parametrize("need, rows", [("old_log_prob", 6), ("ref_log_prob", 12)])
+def test_rows_of_a_pass_divide_by_the_micro_batches_of_the_model_that_runs_it(need, rows):
+    sizes = {"rollout": (False, 3), "ref": (False, 4)}
+    parts = {
+        k: SimpleNamespace(log_prob_use_dynamic_bsz=d, log_prob_micro_batch_size_per_gpu=n)
+        for k, (d, n) in sizes.items()
+    }
+    run = SimpleNamespace(verl_config=SimpleNamespace(actor_rollout_ref=SimpleNamespace(**parts)))
+    assert Run.log_prob_multiple(run, 1 if need == "ref_log_prob" else 2, need) == rows
 
 
 @pytest.mark.parametrize(
@@ -240,6 +269,17 @@ def test_a_model_is_asked_once_and_only_about_questions_with_a_choice():
             "takes the teacher as reference on rollouts",
         ),
         ({"demo": {"select": "likelihood", "likelihood_of": "reference"}}, "needs verl's reference model"),
+        ({"demo": {"likelihood_of": "policy"}}, "likelihood_of=policy has no effect: set hpt.demo.select=likelihood"),
+        ({"demo": {"log_likelihood": "x"}}, "log_likelihood is set, but select=first"),
+        ({"demo": {"other_log_prob": "x"}}, "other_log_prob is set, but nothing in method hpt reads it"),
+        (
+            {"compose": {**OWN, "demos": [{"kind": "S", "estimator": {"reference": "teacher", "advantage": "unit"}}]}},
+            r"own rollouts too \(when: own\), and these have no teacher_log_prob",
+        ),
+        (
+            {"compose": {**OWN, "demos": [{"kind": "S", "estimator": {"advantage": "preference"}}]}},
+            r"own rollouts too \(when: own\), and these have no other_log_prob",
+        ),
     ],
 )
 def test_settings_that_have_nothing_to_work_on_are_refused(node, message):

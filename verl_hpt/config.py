@@ -78,7 +78,7 @@ class Demo:
 
     Columns, each with one value for a row with one demonstration or a list with one for each: log_likelihood,
     other_log_prob: a number; token_weights: a weight for each token, EOS included; teacher_log_prob: log π of the
-    model that wrote it, for each token, EOS included; source: text, for metrics.
+    model that wrote it, for each token, EOS included (any number on what tools say); source: text, for metrics.
     """
 
     key: str = "target"
@@ -220,6 +220,11 @@ def resolve_method(settings: Settings) -> Method:
                     f"hpt.gate.{key}={name!r} is not registered; known: {', '.join(GATES)}. Name the module that "
                     "registers it in hpt.modules"
                 )
+        if gate.function in ("linear", "cosine") and method.term("S") is None:
+            raise UserError(
+                f"hpt.gate.function={gate.function!r} weighs an S term, and method {method.name!r} has none on its "
+                "demonstrations; choose hpt or hpt_soft"
+            )
     if any(gate.soft is not None for gate in gates) and method.when != "soft":
         raise UserError(f"hpt.gate.soft is set, but method {method.name!r} does not read it; set hpt.method=hpt_soft")
     return method

@@ -47,6 +47,7 @@ def add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher-log-prob-key", help="column with a teacher's log-prob for each token")
     parser.add_argument("--token-weights-key", help="column with a weight for each token")
     parser.add_argument("--log-likelihood-key", help="column with each demonstration's mean log-likelihood")
+    parser.add_argument("--other-log-prob-key", help="column with the same under other models, as method poft reads")
     parser.add_argument("--demo-source-key", help="column with each demonstration's own source")
     parser.add_argument("--answer-key", help="field of the expected answer, for files not yet converted")
     parser.add_argument("--template-kwargs", default="{}", metavar="JSON", help="data.apply_chat_template_kwargs")
@@ -97,6 +98,7 @@ def check(args: argparse.Namespace) -> Result:
     columns = DemoColumns(
         reward=args.demo_reward_key,
         log_likelihood=args.log_likelihood_key,
+        other_log_prob=args.other_log_prob_key,
         teacher_log_prob=args.teacher_log_prob_key,
         token_weights=args.token_weights_key,
         source=args.demo_source_key,

@@ -30,11 +30,15 @@ class Likelihood:
             self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval().to(self.device)
         except Exception as error:  # whatever transformers and torch raise for a folder without model, a missing device
             raise UserError(f"--model {path}: cannot be loaded: {str(error).splitlines()[0][:300]}") from None
-        self.vocabulary = self.model.config.get_text_config().vocab_size
+        config = self.model.config.get_text_config()
+        self.vocabulary, self.positions = config.vocab_size, getattr(config, "max_position_embeddings", None)
 
     def __call__(self, prompt: list[int], demo: D.EncodedDemo) -> float:
-        """log π(demo | prompt) per trained token, EOS included, in nats."""
+        """log π(demo | prompt) per trained token, EOS included, in nats; raises `Unusable` for more than it reads."""
         import torch
+
+        if self.positions is not None and len(prompt) + len(demo.ids) > self.positions:
+            raise D.Unusable("too_long", f"{len(prompt)} + {len(demo.ids)} tokens, the model reads {self.positions}")
 
         ids = torch.tensor([prompt + demo.ids], device=self.device)  # (1, prompt + tokens)
         if int(ids.max()) >= self.vocabulary:
@@ -90,9 +94,14 @@ def run_likelihood(args: argparse.Namespace) -> int:
     if args.column in names:
         raise UserError(f"{args.file}: has a column `{args.column}` already; name another: --column")
     render = Renderer(args.tokenizer or args.model, eos=args.eos, max_length=args.max_response_length, kwargs=kwargs)
-    ask, counts, part = Likelihood(args.model, args.device), Counter(), f"{args.out}.part"
     schema = source.schema_arrow.append(pa.field(args.column, pa.list_(pa.float64())))
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    part = f"{args.out}.part"
+    try:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(part).touch()
+    except OSError as error:
+        raise UserError(f"{args.out}: cannot be written: {error}") from None
+    ask, counts = Likelihood(args.model, args.device), Counter()
     try:
         with (
             pq.ParquetWriter(part, schema, compression="zstd", write_page_checksum=True) as out,

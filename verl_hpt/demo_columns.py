@@ -14,6 +14,8 @@ from verl_hpt.demos import EncodedDemo, Unusable, demonstrations, plain
 
 _PACKED = "verl-hpt packed: "  # what a text of ours begins with
 PER_TOKEN = ("teacher_log_prob", "token_weights")
+REQUIRED = ("reward", "other_log_prob", "teacher_log_prob")  # a demonstration without it cannot be trained on
+ROUNDING = 1e-3  # log-probs up to here count as 0
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ def row_demos(row: Mapping, key: str, columns: DemoColumns | None = None) -> lis
     Raises `Unusable("bad_column")` where a column has another number of values than there are demonstrations.
     """
     raw = demonstrations(row.get(key))
+    if not raw:
+        return []
     named = (columns or DemoColumns()).named()
     values = {name: _spread(row.get(column), len(raw), name, column) for name, column in named.items()}
     return [
@@ -60,7 +64,7 @@ def row_demos(row: Mapping, key: str, columns: DemoColumns | None = None) -> lis
 
 def _spread(cell: Any, count: int, name: str, column: str) -> list:
     cell = plain(cell)
-    if cell is None:
+    if cell is None or (isinstance(cell, list) and all(value is None for value in cell)):
         return [None] * count
     one = not isinstance(cell, list) or (name in PER_TOKEN and not any(isinstance(v, list) for v in cell))
     if one and count != 1:
@@ -78,6 +82,8 @@ def check_values(demo: Demo, columns: DemoColumns, encoded: EncodedDemo | None =
     """
     for name, column in columns.named().items():
         value = demo.values.get(name)
+        if value is None and name in REQUIRED:
+            raise Unusable("bad_column", f"{column} has no value for demonstration {demo.index + 1}")
         if value is None:
             continue
         if name == "source":
@@ -87,7 +93,7 @@ def check_values(demo: Demo, columns: DemoColumns, encoded: EncodedDemo | None =
         numbers = value if name in PER_TOKEN else [value]
         if not isinstance(numbers, list) or not all(_finite(v) for v in numbers):
             raise Unusable("bad_column", f"{column} must hold finite numbers, got {str(value)[:80]}")
-        if name == "teacher_log_prob" and any(v > 0 for v in numbers):
+        if name == "teacher_log_prob" and any(v > ROUNDING for v in numbers):
             raise Unusable("bad_column", f"{column} must hold log-probabilities, at most 0, got {max(numbers)}")
         if name == "token_weights" and (any(v < 0 for v in numbers) or not any(numbers)):
             raise Unusable("bad_column", f"{column} must hold weights of 0 or more, and one above 0")
@@ -120,7 +126,10 @@ def _pack(value: Any) -> Any:
     try:
         np.array([value])
     except ValueError:
-        return _PACKED + json.dumps(plain(value))
+        try:
+            return _PACKED + json.dumps(plain(value))
+        except TypeError:  # bytes, dates: no column of ours
+            return value
     return value
 
 

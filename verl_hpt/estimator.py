@@ -160,6 +160,12 @@ class Method:
             )
         if self.rollouts is None and self.when not in ("always", "own"):
             raise ValueError(f"method {self.name!r} has nothing for rollouts: demonstrations must stand always")
+        r_term = self.term("R")
+        if self.place == "separate" and r_term is not None and r_term.estimator.advantage.over_group is not None:
+            raise ValueError(
+                f"method {self.name!r}: a demonstration that stands by itself has no group to take "
+                f"{r_term.estimator.advantage.part_name} over; its R term needs another advantage: reward, unit"
+            )
         if self.place == "group" and (self.rollouts is None or self.when != "always"):
             raise ValueError(f"method {self.name!r}: a member of the group stands always, beside rollouts")
 

@@ -145,9 +145,7 @@ def _tokens(row: dict, result: Plan, i: int, method: Method, constants: Constant
         ref_log_prob=column("ref_log_prob"),
         teacher_log_prob=column("teacher_log_prob"),
         entropy=column("entropy"),
-        other_log_prob=None
-        if row["other_log_prob"] is None
-        else torch.tensor([[row["other_log_prob"]]], dtype=torch.float64),
+        other_log_prob=torch.tensor([[row["other_log_prob"] or 0.0]], dtype=torch.float64),
         constants=constants,
     )
 

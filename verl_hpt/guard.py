@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from verl_hpt.config import Settings
+from verl_hpt.config import Demo, Settings
 from verl_hpt.errors import UserError
 from verl_hpt.estimator import Method
 
@@ -73,24 +73,13 @@ def _method(config, settings: Settings, method: Method, has_reference: bool, has
             f"method {method.name} needs each demonstration's mean log-prob under other models; name its column in "
             "hpt.demo.other_log_prob"
         )
-    demo = settings.demo
-    if "teacher_log_prob" in method.needs_of_demos and demo.teacher_log_prob is None:
-        yield (
-            f"method {method.name} needs the log-probs of the model that wrote a demonstration; name their column in "
-            "hpt.demo.teacher_log_prob"
-        )
-    if demo.teacher_log_prob is not None and "teacher_log_prob" not in method.needs_of_demos:
-        yield (
-            f"hpt.demo.teacher_log_prob is set, but nothing in method {method.name} reads it; compose one with "
-            "reference: teacher, or drop it"
-        )
+    if method.demos:
+        yield from _columns(settings.demo, method, has_reference)
     if method.rollouts is not None and "teacher_log_prob" in method.rollouts.needs:
         yield f"method {method.name} takes the teacher as reference on rollouts, which have none; use old or current"
-    if demo.select == "likelihood" and demo.likelihood_of == "reference" and not has_reference and method.demos:
-        yield (
-            "hpt.demo.likelihood_of=reference needs verl's reference model; set "
-            "actor_rollout_ref.actor.use_kl_loss=True (kl_loss_coef=0 keeps the KL out), or use policy, or a column"
-        )
+    own_rollouts = method.s_estimator.needs if method.when == "own" and method.s_estimator is not None else frozenset()
+    for name in sorted(own_rollouts & {"teacher_log_prob", "other_log_prob"}):
+        yield f"method {method.name} imitates its own rollouts too (when: own), and these have no {name}"
     if config.algorithm.get("use_kl_in_reward"):
         if method.rollouts is None:
             yield f"method {method.name} trains on demonstrations only: algorithm.use_kl_in_reward=True has no effect"
@@ -99,3 +88,31 @@ def _method(config, settings: Settings, method: Method, has_reference: bool, has
                 f"method {method.name} compares rollouts with demonstrations, and algorithm.use_kl_in_reward=True "
                 "lowers the rollouts' rewards alone"
             )
+
+
+def _columns(demo: Demo, method: Method, has_reference: bool) -> Iterable[str]:
+    """Columns of demonstrations that a method lacks, or that nothing reads."""
+    needs, by_likelihood = method.needs_of_demos, demo.select == "likelihood"
+    if "teacher_log_prob" in needs and demo.teacher_log_prob is None:
+        yield (
+            f"method {method.name} needs the log-probs of the model that wrote a demonstration; name their column in "
+            "hpt.demo.teacher_log_prob"
+        )
+    for name, hint in (
+        ("teacher_log_prob", "compose one with reference: teacher, or drop it"),
+        ("other_log_prob", "poft does; drop it"),
+    ):
+        if getattr(demo, name) is not None and name not in needs:
+            yield f"hpt.demo.{name} is set, but nothing in method {method.name} reads it; {hint}"
+    if demo.log_likelihood is not None and not (by_likelihood and demo.likelihood_of == "column"):
+        yield (
+            f"hpt.demo.log_likelihood is set, but select={demo.select} with likelihood_of={demo.likelihood_of} does not "
+            "read it; set select=likelihood and likelihood_of=column, or drop it"
+        )
+    if demo.likelihood_of != "column" and not by_likelihood:
+        yield f"hpt.demo.likelihood_of={demo.likelihood_of} has no effect: set hpt.demo.select=likelihood, or drop it"
+    if by_likelihood and demo.likelihood_of == "reference" and not has_reference:
+        yield (
+            "hpt.demo.likelihood_of=reference needs verl's reference model; set "
+            "actor_rollout_ref.actor.use_kl_loss=True (kl_loss_coef=0 keeps the KL out), or use policy, or a column"
+        )

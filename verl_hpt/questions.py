@@ -154,12 +154,10 @@ class Reader:
         """What the columns say of a demonstration, checked; raises `Unusable` for what does not fit or is missing."""
         settings, values = self.settings, dict(demo.values)
         check_values(demo, self.columns, encoded)
-        for name in ("reward", "other_log_prob", "teacher_log_prob"):
-            column = getattr(self.columns, name)
-            if column is not None and name not in values:
-                raise demos.Unusable("bad_column", f"{column} has no value for demonstration {demo.index + 1}")
         reward = success if settings.reward is None else settings.reward
         given = {"place": demo.index, "content": demo.content, "reward": reward} | values
+        if "teacher_log_prob" in given:
+            given["teacher_log_prob"] = np.minimum(given["teacher_log_prob"], 0.0)
         if "token_weights" in given:
             given["token_weights"] = relative(given["token_weights"], encoded.mask)
         return given

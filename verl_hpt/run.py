@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -175,10 +176,12 @@ class Run:
             changes[f"{actor}.calculate_entropy"] = True
         return changes
 
-    def log_prob_multiple(self, ranks: int) -> int:
-        """Rows of a log-prob pass are a multiple of this."""
-        rollout = self.verl_config.actor_rollout_ref.rollout
-        return ranks * (1 if rollout.log_prob_use_dynamic_bsz else rollout.log_prob_micro_batch_size_per_gpu)
+    def log_prob_multiple(self, ranks: int, need: str) -> int:
+        """Rows of a log-prob pass are a multiple of this; a reference model of its own has its own micro-batches."""
+        parts = self.verl_config.actor_rollout_ref
+        cuts = [parts.rollout, *([parts.ref] if need == "ref_log_prob" else [])]
+        sizes = [1 if cut.log_prob_use_dynamic_bsz else cut.log_prob_micro_batch_size_per_gpu or 1 for cut in cuts]
+        return ranks * math.lcm(*sizes)
 
     def marks(self, plan: Plan, layout: np.ndarray, other: np.ndarray) -> dict[str, torch.Tensor]:
         """Our columns for the rows of a layout: the row's numbers and, where rows differ in it, the temperature.

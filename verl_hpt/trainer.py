@@ -325,7 +325,9 @@ def hybrid(base):
             """verl's own pass for ``old_log_prob`` or ``ref_log_prob`` on rows of ours; its metrics are dropped."""
             if not chosen:
                 return
-            filling = self._filling_rows(-len(chosen) % self.hpt.log_prob_multiple(self._ranks()), chosen[0], partition)
+            filling = self._filling_rows(
+                -len(chosen) % self.hpt.log_prob_multiple(self._ranks(), need), chosen[0], partition
+            )
             batch = KVBatchMeta(
                 partition_id=partition,
                 keys=chosen + filling,

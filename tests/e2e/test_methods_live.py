@@ -21,7 +21,7 @@ from verl_hpt.loss import TEACHER, WEIGHTS
 
 HERE = Path(__file__).parent
 SERVED = ("ppo", "asft")
-PLAIN = [name for name in METHODS if name not in SERVED]
+PLAIN = [name if name != "poft" else "poft demo.other_log_prob=others" for name in METHODS if name not in SERVED]
 STEPS = 3
 EXTREMES = ["hpt gate.threshold=-1", "hpt gate.threshold=1", "hpt gate.off=0.9", "hpt normalization=official"]
 COLUMNS = [
@@ -65,7 +65,6 @@ def train(folder: Path, methods: list[str], overrides: list[str], monkeypatch) -
         [
             "data.train_batch_size=4",
             "actor_rollout_ref.rollout.n=3",
-            "++hpt.demo={other_log_prob: others}",
             f"trainer.total_training_steps={steps}",
             f"trainer.save_freq={STEPS}",
             "actor_rollout_ref.actor.checkpoint.save_contents=[model]",
