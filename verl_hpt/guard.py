@@ -106,8 +106,8 @@ def _columns(demo: Demo, method: Method, has_reference: bool) -> Iterable[str]:
             yield f"hpt.demo.{name} is set, but nothing in method {method.name} reads it; {hint}"
     if demo.log_likelihood is not None and not (by_likelihood and demo.likelihood_of == "column"):
         yield (
-            f"hpt.demo.log_likelihood is set, but select={demo.select} with likelihood_of={demo.likelihood_of} does not "
-            "read it; set select=likelihood and likelihood_of=column, or drop it"
+            f"hpt.demo.log_likelihood is set, but select={demo.select} and likelihood_of={demo.likelihood_of} does "
+            "not read it; set select=likelihood and likelihood_of=column, or drop it"
         )
     if demo.likelihood_of != "column" and not by_likelihood:
         yield f"hpt.demo.likelihood_of={demo.likelihood_of} has no effect: set hpt.demo.select=likelihood, or drop it"
