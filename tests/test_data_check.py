@@ -286,3 +286,54 @@ def test_histogram_counts_every_value_once():
         bins = histogram(values)
         assert sum(n for *_, n in bins) == len(values)
         assert all(a[1] < b[0] for a, b in itertools.pairwise(bins))
+
+
+def test_options_that_make_no_sense_are_refused_before_any_work(tmp_path, capsys):
+    file = write(tmp_path / "a.parquet", rows(5))
+    content = Path(file).read_bytes()
+    for options, says in (
+        (["--json", file], "would overwrite the data"),
+        (["--val", str(tmp_path / "v.json"), "--json", str(tmp_path / "v.json")], "would overwrite the data"),
+        (["--report", str(tmp_path / "r.txt")], "something.png"),
+        (["--json", f"{file}/x.json"], "cannot be written"),
+        (["--max-response-length", "-5"], "1 or more"),
+        (["--tolerance", "5"], "from 0 to 1"),
+        (["--success", "nan"], "finite"),
+        (["--show", "-1"], "0 or more"),
+        (["--model", "nope"], "--model nope: no such folder"),
+    ):
+        assert main(["check", file, *options]) == 2
+        assert says in capsys.readouterr().err
+    assert Path(file).read_bytes() == content
+    assert main(["check", file, "--json", str(tmp_path / "new" / "x.json")]) == 0
+
+
+def test_what_a_grader_prints_is_not_in_the_json(tmp_path, capsys):
+    file = write(tmp_path / "a.parquet", rows(3))
+    (tmp_path / "loud.py").write_text("def compute_score(**kwargs):\n    print('HELLO')\n    return 1.0\n")
+    assert main(["check", file, "--reward", str(tmp_path / "loud.py"), "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["usable"] == 3
+
+
+def test_a_template_that_leaves_out_tool_calls_is_found(tmp_path, tokenizers):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather", "arguments": "{}"}}]}
+    turns = [call, {"role": "tool", "content": "18"}, {"role": "assistant", "content": "#### 18"}]
+    file = write(tmp_path / "a.parquet", [verl_row("How warm?", turns, "18")])
+    style = str(tokenizers / "llama3")  # a template without tool calls
+    status, found, _ = checked(tmp_path, file, "--tokenizer", style)
+    assert status == 1 and "call of tool 'weather' in turn 1" in found["unusable: template"]["examples"][0]["detail"]
+    assert checked(tmp_path, file, "--tokenizer", str(tokenizers / "qwen3"))[0] == 0
+
+
+def test_prompts_that_verl_would_drop_are_harm_where_they_are_many(tmp_path, tokenizers):
+    file = write(tmp_path / "a.parquet", rows(10))
+    options = ("--tokenizer", str(tokenizers / "qwen3"), "--max-prompt-length", "3")
+    status, found, _ = checked(tmp_path, file, *options)
+    assert status == 1 and found["prompt length"]["harmful"] and found["prompt length"]["count"] == 10
+    assert checked(tmp_path, file, *options, "--tolerance", "1")[0] == 0
+
+
+def test_messages_written_as_json_text_are_harm(tmp_path):
+    file = write(tmp_path / "a.parquet", [verl_row("a?", json.dumps(say("#### 1")), "1")])
+    status, found, _ = checked(tmp_path, file)
+    assert status == 1 and found["json text"]["count"] == 1

@@ -58,6 +58,8 @@ def change(path, value):
         ("{", "is not JSON"),
         ("[]", "case: must be an object"),
         ({"questions": []}, "questions: must be a list"),
+        ({"questions": [{"uid": "a"}]}, "questions[0]: has neither rollouts nor demos"),
+        ({"questions": [CASE["questions"][0]] * 2}, "questions[1].uid='q1': an earlier question has it too"),
         (change(["hpt", "method"], "nope"), "hpt.method='nope' is unknown; one of"),
         (change(["hpt", "gate"], {"x": 1}), "hpt.gate.x: unknown key"),
         (change(["hpt", "method"], "srft"), "questions[0].rollouts[0].entropy: method 'srft' needs it"),

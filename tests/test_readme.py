@@ -1,12 +1,14 @@
 """The README says what is there: its example is the tested file, its tree has every module, its table every setting."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
 from verl_hpt import config
 from verl_hpt.cli import COMMANDS
 from verl_hpt.estimator import METHODS
+from verl_hpt.explain import explain
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -46,3 +48,12 @@ def test_every_command_that_is_written_down_exists():
         for command in re.findall(r"(?m)(?:^|`|\$ )verl-hpt ([a-z]\w*)", file.read_text(encoding="utf-8"))
     }
     assert {command for command, _ in written} == set(COMMANDS), written
+
+
+def test_what_explain_is_said_to_print_is_what_it_prints():
+    case, printed = re.search(
+        r"```json\n(.*?)```\n\n```text\n\$ verl-hpt explain[^\n]*\n(.*?)```", README, re.DOTALL
+    ).groups()
+    told = explain(json.loads(case))
+    rows = [{k: v for k, v in row.items() if k != "coefficient"} for row in told["rows"]]
+    assert [json.loads(line) for line in printed.splitlines()] == [*rows, *told["dropped"], told["loss"]]

@@ -14,7 +14,8 @@ def main(argv: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     add_convert(commands.add_parser("convert", help="to the parquet that verl reads, in a stream"))
     add_eval_set(commands.add_parser("eval-set", help="question/answer files to verl's validation parquet"))
-    from verl_hpt.data_check import add_check, run_check
+    from verl_hpt.data_check import run_check
+    from verl_hpt.data_options import add_check
 
     add_check(
         commands.add_parser("check", help="what would happen to every demonstration; exit 1 if training is harmed")

@@ -6,9 +6,11 @@ ends in exit 1 where it would hurt training.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,55 +19,24 @@ from typing import Any
 
 from verl_hpt import demos as D
 from verl_hpt.data_grade import load_reward
+from verl_hpt.data_options import check_options, json_option
 from verl_hpt.data_questions import Questions, form_problem
 from verl_hpt.data_read import BadRow, count_rows, file_kind, read_rows
 from verl_hpt.data_render import Renderer, difference
 from verl_hpt.data_result import Finding, Result
 from verl_hpt.data_rows import Layout, Options, detect, to_verl
 from verl_hpt.demo_columns import Demo, DemoColumns, check_values, row_demos
-from verl_hpt.errors import UserError
 
 _BATCH = 256  # rows graded and tokenised together
 _EXAMPLES = 5  # shown of each finding; the JSON has up to a hundred
 
 
-def add_check(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="parquet or JSONL, as verl reads it or not yet converted")
-    parser.add_argument("--tokenizer", metavar="PATH", help="render and tokenise as training does")
-    parser.add_argument(
-        "--reward", metavar="PATH[:FUNCTION]", help="the run's reward function; `none` to grade nothing"
-    )
-    parser.add_argument("--reward-kwargs", default="{}", metavar="JSON", help="its reward_kwargs")
-    parser.add_argument("--val", metavar="FILE", action="append", default=[], help="look for its questions in FILE")
-    parser.add_argument("--max-response-length", type=int, help="tokens, as data.max_response_length")
-    parser.add_argument("--max-prompt-length", type=int, help="tokens, as data.max_prompt_length")
-    parser.add_argument("--model", metavar="PATH", help="mean log-likelihood of demonstrations under this model")
-    parser.add_argument("--model-rows", type=int, default=64, help="of so many demonstrations")
-    parser.add_argument("--prompt-key", help="default: prompt")
-    parser.add_argument("--demo-key", help="default: target")
-    parser.add_argument("--demo-reward-key", help="column with each demonstration's own reward")
-    parser.add_argument("--teacher-log-prob-key", help="column with a teacher's log-prob for each token")
-    parser.add_argument("--token-weights-key", help="column with a weight for each token")
-    parser.add_argument("--log-likelihood-key", help="column with each demonstration's mean log-likelihood")
-    parser.add_argument("--other-log-prob-key", help="column with the same under other models, as method poft reads")
-    parser.add_argument("--demo-source-key", help="column with each demonstration's own source")
-    parser.add_argument("--answer-key", help="field of the expected answer, for files not yet converted")
-    parser.add_argument("--template-kwargs", default="{}", metavar="JSON", help="data.apply_chat_template_kwargs")
-    parser.add_argument("--eos", help="id or text of the EOS token, as hpt.demo.eos; default: the tokenizer's")
-    parser.add_argument("--success", type=float, default=1.0, help="reward that counts as solved, as hpt.gate.success")
-    parser.add_argument(
-        "--tolerance", type=float, default=0.01, help="share too long or rejected that is only a warning"
-    )
-    parser.add_argument("--show", type=int, default=1, metavar="N", help="demonstrations to show token for token")
-    parser.add_argument("--limit", type=int, help="check the first so many rows")
-    parser.add_argument("--json", metavar="OUT", help="the whole result for machines; - for standard output")
-    parser.add_argument("--report", metavar="PNG", help="the picture")
-
-
 def run_check(args: argparse.Namespace) -> int:
     """Check the file and report; 0 where nothing would hurt training, else 1. Raises `BadRow` or `UserError`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # without it, a warning at every grader process
-    result = check(args)
+    check_options(args)
+    with contextlib.redirect_stdout(sys.stderr if args.json == "-" else sys.stdout):  # a grader may print
+        result = check(args)
     from verl_hpt.data_report import as_json, draw, text
 
     if args.report:
@@ -85,15 +56,21 @@ def run_check(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace) -> Result:
     """The result of all checks that the arguments allow."""
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit must be 1 or more, got {args.limit}")
     result = Result(args.file)
     render, kwargs = None, json_option("--template-kwargs", args.template_kwargs)
     if args.tokenizer or args.model:
         render = Renderer(
-            args.tokenizer or args.model, eos=args.eos, max_length=args.max_response_length, kwargs=kwargs
+            args.tokenizer or args.model,
+            option="--tokenizer" if args.tokenizer else "--model",
+            eos=args.eos,
+            max_length=args.max_response_length,
+            kwargs=kwargs,
         )
         _check_eos(result, render)
+    elif args.token_weights_key or args.teacher_log_prob_key:
+        result.notes.append("columns with a value a token are compared with its tokens only with --tokenizer")
+    if args.reward not in (None, "shipped"):
+        result.grader = args.reward
     grade = load_reward(args.reward, json_option("--reward-kwargs", args.reward_kwargs))
     columns = DemoColumns(
         reward=args.demo_reward_key,
@@ -121,6 +98,7 @@ def check(args: argparse.Namespace) -> Result:
 
         ask = Likelihood(args.model)
         result.log_likelihoods = [ask(prompt, demo) for prompt, demo in likely]
+    result.questions = len(questions.known)
     _judge(result, args)
     return result
 
@@ -206,12 +184,18 @@ def _check_batch(args, result, batch, columns, render, grade, threads, likely) -
         try:
             found = row_demos(row, "target", columns)
         except D.Unusable as bad:
+            result.demonstrations += len(D.demonstrations(row["target"]))
             _unusable(result, bad, number, demo_key)
             continue
         if not found or all(d.content is None for d in found):
             result.without += 1
             continue
-        items += [_Item(number, row, demo, prompt=prompt, think_tail=tail) for demo in found]
+        for demo in found:
+            if demo.content is not None:
+                items.append(_Item(number, row, demo, prompt=prompt, think_tail=tail))
+                continue
+            message = "nulls among a row's demonstrations (the others would be used)"
+            result.found("null among", message, number, f"{demo_key}[{demo.index}]")
     result.demonstrations += len(items)
     ends = render.ends if render is not None else []
     for item in items:
@@ -219,6 +203,10 @@ def _check_batch(args, result, batch, columns, render, grade, threads, likely) -
             check_values(item.demo, columns)
             demo = D.plain(item.demo.content)
             item.text = D.single_text(demo)
+            if item.text is not None and looks_like_messages(item.text):
+                message = "chat messages written as JSON text: they would be trained on literally"
+                detail = "`verl-hpt data convert` reads them"
+                result.found("json text", message, item.row, _place(demo_key, item), detail)
             if item.text is not None:
                 item.text = D.clean_text(item.text, ends, item.think_tail)
                 D.bound_characters(item.text, render.max_length if render is not None else None)
@@ -250,6 +238,12 @@ def _check_batch(args, result, batch, columns, render, grade, threads, likely) -
             result.rendered.append(render.beside(item.row, item.prompt, item.encoded))
         if args.model and len(likely) < args.model_rows and item.encoded is not None:
             likely.append((render.tokenizer.encode(item.prompt, add_special_tokens=False), item.encoded))
+
+
+def looks_like_messages(text: str) -> bool:
+    """Whether a text is the JSON of chat messages."""
+    start = text.lstrip()[:200].replace(" ", "")
+    return start.startswith(('[{"role":', '{"role":', '[{"content":', '{"content":'))
 
 
 def _place(key: str, item: _Item) -> str:
@@ -351,11 +345,11 @@ def _tail(item: _Item) -> str:
 
 def _judge(result: Result, args: argparse.Namespace) -> None:
     """What is bearable in small numbers, and what no demonstration at all means."""
-    for check in ("unusable: too_long", "rejected", "contradiction"):
+    for check in ("unusable: too_long", "rejected", "contradiction", "prompt length"):
         finding = result.findings.get(check)
-        whole = result.demonstrations if check != "contradiction" else result.rows
-        if finding is not None and finding.count <= args.tolerance * max(whole, 1):
-            finding.harmful = False
+        whole = result.rows if check in ("contradiction", "prompt length") else result.demonstrations
+        if finding is not None:
+            finding.harmful = finding.count > args.tolerance * max(whole, 1)
     if result.without:
         message = "questions without a demonstration keep their rollouts"
         finding = result.findings.setdefault("without", Finding("without", message, False))
@@ -365,14 +359,3 @@ def _judge(result: Result, args: argparse.Namespace) -> None:
             finding.examples = [{"file": result.file, "row": 0, "field": args.demo_key or "target", "detail": ""}]
     if result.rows and not result.usable and not any(f.harmful for f in result.findings.values()):
         result.found("nothing usable", "no demonstration can be trained on", 0, args.demo_key or "target")
-
-
-def json_option(name: str, text: str) -> dict:
-    """A JSON object given on the command line; raises `UserError` for anything else."""
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{name} must be a JSON object, got {text[:80]!r}: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{name} must be a JSON object, got {text[:80]!r}")
-    return value

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 from verl_hpt import demos as D
+from verl_hpt.data_options import json_option
 from verl_hpt.data_render import Renderer
 from verl_hpt.errors import UserError
 
@@ -25,10 +26,15 @@ class Likelihood:
         from transformers import AutoModelForCausalLM
 
         self.path, self.device = path, device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.zeros(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:  # torch's own words for a device that is not there
+            problem = str(error).splitlines()[0][:200]
+            raise UserError(f"--device {self.device}: cannot be used: {problem}") from None
         dtype = torch.float32 if self.device == "cpu" else torch.bfloat16
         try:
             self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval().to(self.device)
-        except Exception as error:  # whatever transformers and torch raise for a folder without model, a missing device
+        except Exception as error:  # whatever transformers raises for a folder that holds no model
             raise UserError(f"--model {path}: cannot be loaded: {str(error).splitlines()[0][:300]}") from None
         config = self.model.config.get_text_config()
         self.vocabulary, self.positions = config.vocab_size, getattr(config, "max_position_embeddings", None)
@@ -76,8 +82,6 @@ def run_likelihood(args: argparse.Namespace) -> int:
     import pyarrow.parquet as pq
     from tqdm import tqdm
 
-    from verl_hpt.data_check import json_option
-
     if os.path.realpath(args.file) == os.path.realpath(args.out):
         raise UserError("IN and OUT must be different files")
     if not args.out.endswith(".parquet"):
@@ -86,14 +90,20 @@ def run_likelihood(args: argparse.Namespace) -> int:
     try:
         source = pq.ParquetFile(args.file)
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{args.file}: is no readable parquet file: {str(error).splitlines()[0][:200]}") from None
+        problem = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"{args.file}: is no readable parquet file: {problem}. `verl-hpt data convert` makes one"
+        ) from None
     names = source.schema_arrow.names
     for option, column in (("--prompt-key", args.prompt_key), ("--demo-key", args.demo_key)):
         if column not in names:
             raise UserError(f"{args.file}: no column `{column}` ({option}); it has {', '.join(names)}")
     if args.column in names:
         raise UserError(f"{args.file}: has a column `{args.column}` already; name another: --column")
-    render = Renderer(args.tokenizer or args.model, eos=args.eos, max_length=args.max_response_length, kwargs=kwargs)
+    option = "--tokenizer" if args.tokenizer else "--model"
+    render = Renderer(
+        args.tokenizer or args.model, option=option, eos=args.eos, max_length=args.max_response_length, kwargs=kwargs
+    )
     schema = source.schema_arrow.append(pa.field(args.column, pa.list_(pa.float64())))
     part = f"{args.out}.part"
     try:

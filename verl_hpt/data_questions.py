@@ -101,8 +101,8 @@ class Questions:
             for (number, _), text in zip(batch, texts, strict=True):
                 known = self.known.get(D.stable_hash(unframed(text, frame)))
                 if known is not None:
-                    message = "questions of validation are in training"
-                    result.found("leak", message, known[0], "prompt", f"is row {number} of {path}")
+                    message = "rows of validation whose question is in this file"
+                    result.found("leak", message, known[0], "prompt", f"row {number} of {path} asks the same")
 
 
 def asks(message: Any) -> bool:

@@ -11,15 +11,24 @@ from verl_hpt.errors import UserError
 class Renderer:
     """The run's tokenizer: prompts, and demonstrations many at a time."""
 
-    def __init__(self, path: str, *, eos: str | None = None, max_length: int | None = None, kwargs: dict | None = None):
+    def __init__(
+        self,
+        path: str,
+        *,
+        option: str = "--tokenizer",
+        eos: str | None = None,
+        max_length: int | None = None,
+        kwargs: dict | None = None,
+    ):
         if not Path(path).exists() and ("/" not in path or path.startswith((".", "/"))):
-            raise UserError(f"--tokenizer {path}: no such folder or file")
+            raise UserError(f"{option} {path}: no such folder or file")
         from transformers import AutoTokenizer
 
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
         except Exception as error:  # whatever transformers raises for a folder that holds no tokenizer
-            raise UserError(f"--tokenizer {path}: cannot be loaded: {str(error).splitlines()[0][:300]}") from None
+            problem = str(error).splitlines()[0][:300]
+            raise UserError(f"{option} {path}: its tokenizer cannot be loaded: {problem}") from None
         self.kwargs = kwargs or {}
         self.max_length = max_length
         self.eos_id = self._eos(eos, path)

@@ -41,6 +41,7 @@ def as_json(result: Result) -> dict[str, Any]:
         "file": result.file,
         "ok": not any(f["harmful"] for f in findings),
         "rows": result.rows,
+        "questions": result.questions,
         "demonstrations": result.demonstrations,
         "usable": result.usable,
         "questions_without": result.without,
@@ -61,8 +62,8 @@ def as_json(result: Result) -> dict[str, Any]:
 def text(result: Result, limit: int | None, examples: int) -> str:
     """The readable report."""
     lines = [
-        f"{result.file}: {result.rows} questions, {result.demonstrations} demonstrations, {result.usable} usable, "
-        f"{result.without} questions without one"
+        f"{result.file}: {result.rows} rows with {result.questions} different questions, "
+        f"{result.demonstrations} demonstrations, {result.usable} usable, {result.without} rows without one"
     ]
     for shown in result.rendered:
         lines += ["", *_tokens(shown)]
@@ -88,7 +89,7 @@ def text(result: Result, limit: int | None, examples: int) -> str:
             + ", ".join(f"{k} {v}" for k, v in quantiles(result.prompt_lengths).items()),
         ]
     if result.rewards:
-        lines += ["", "Reward of the demonstrations under the run's reward function"]
+        lines += ["", f"Reward of the demonstrations under {result.grader}"]
         for source, (n, total, rejected) in sorted(result.rewards.items()):
             mean = f"{total / n:.4f}" if n else "-"
             lines.append(f"  {source}: mean {mean} over {n}, not solved {rejected}")
@@ -181,6 +182,6 @@ def draw(result: Result, path: str, limit: int | None) -> None:
         likelihood.set_xlabel("nats")
     else:
         likelihood.text(0.5, 0.5, "no --model given", ha="center", transform=likelihood.transAxes)
-    figure.suptitle(f"{result.file.replace(chr(92), '/').split('/')[-1]}: {result.rows} questions")
+    figure.suptitle(f"{result.file.replace(chr(92), '/').split('/')[-1]}: {result.rows} rows")
     figure.savefig(path, dpi=110)
     plt.close(figure)

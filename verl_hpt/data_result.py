@@ -21,10 +21,12 @@ class Result:
 
     file: str
     rows: int = 0
+    questions: int = 0  # different ones among the rows
     demonstrations: int = 0
     usable: int = 0
     without: int = 0
     unit: str = "characters"
+    grader: str = "the shipped grader, verl_hpt.reward"
     lengths: list[int] = field(default_factory=list)
     prompt_lengths: list[int] = field(default_factory=list)
     rewards: dict[str, list[float]] = field(default_factory=dict)  # data source → [graded, sum, rejected]

@@ -93,7 +93,7 @@ def check_values(demo: Demo, columns: DemoColumns, encoded: EncodedDemo | None =
         numbers = value if name in PER_TOKEN else [value]
         if not isinstance(numbers, list) or not all(_finite(v) for v in numbers):
             raise Unusable("bad_column", f"{column} must hold finite numbers, got {str(value)[:80]}")
-        if name == "teacher_log_prob" and any(v > ROUNDING for v in numbers):
+        if name.endswith(("log_prob", "likelihood")) and any(v > ROUNDING for v in numbers):
             raise Unusable("bad_column", f"{column} must hold log-probabilities, at most 0, got {max(numbers)}")
         if name == "token_weights" and (any(v < 0 for v in numbers) or not any(numbers)):
             raise Unusable("bad_column", f"{column} must hold weights of 0 or more, and one above 0")

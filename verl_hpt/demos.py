@@ -277,6 +277,10 @@ def _encode_turns(demo, tokenizer, eos_id, max_length, prompt_messages, template
         if i > 0:
             between = _tokens(whole[at : len(before)], tokenizer, max_length)
             ids, mask = ids + between, mask + [0] * len(between)
+        for call in message.get("tool_calls") or []:
+            if call["function"]["name"] not in whole[len(before) : end]:
+                name = call["function"]["name"]
+                raise Unusable("template", f"it leaves out the call of tool {name!r} in turn {i + 1}")
         said = finish(_tokens(whole[len(before) : end], tokenizer, max_length), eos_id, None)
         ids, mask = ids + said, mask + [1] * len(said)
         at = end + len(eos)

@@ -65,6 +65,12 @@ def explain(case: Mapping) -> dict:
     default_reward = settings.demo.reward if isinstance(settings.demo.reward, float) else settings.gate.success
     entries = [_question(q, f"questions[{i}]", method, default_reward) for i, q in enumerate(questions)]
 
+    for i, (question, rows) in enumerate(entries):
+        if not rows:
+            raise UserError(f"questions[{i}]: has neither rollouts nor demos")
+        if question.key in [other.key for other, _ in entries[:i]]:
+            raise UserError(f"questions[{i}].uid={question.key!r}: an earlier question has it too")
+
     longest = max((row["length"] for _, rows in entries for row in rows), default=1)
     result = plan(
         [question for question, _ in entries],
