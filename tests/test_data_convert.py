@@ -1,6 +1,7 @@
 """`data convert` and `eval-set`: every form becomes verl's, in a stream, and validation never leaks."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -194,6 +195,147 @@ def test_eval_set_makes_verls_validation_files(tmp_path):
             assert reward.compute_score(name, boxed, row["reward_model"]["ground_truth"])["score"] == 1.0
     assert main(["eval-set", str(tmp_path / "four"), files[0], "--repeat", "4", "--suffix", ""]) == 0
     assert pq.read_table(tmp_path / "four" / "aime24.parquet").num_rows == 120
+
+
+def said(tmp_path, capsys, rows, *options):
+    """(exit status, rows written or None, standard output, standard error) of a conversion of rows or raw text."""
+    path, out = tmp_path / "in.jsonl", tmp_path / "out.parquet"
+    out.unlink(missing_ok=True)
+    text = rows if isinstance(rows, str) else "".join(json.dumps(r) + "\n" for r in rows)
+    path.write_text(text, encoding="utf-8")
+    status = main(["convert", str(path), str(out), *options])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err and not list(tmp_path.glob("*.part"))
+    return status, pq.read_table(out).to_pylist() if out.exists() else None, captured.out, captured.err
+
+
+def asked(**more):
+    return {"question": "a?", "answer": "It is 1.\n#### 1", **more}
+
+
+def test_alpacas_input_belongs_to_its_question(tmp_path, capsys):
+    rows = [
+        {"instruction": "Add.", "output": "#### 4", "answer": "4"},
+        {"instruction": "Add.", "input": "2 and 2", "output": "#### 4", "answer": "4"},
+        {"instruction": "Add.", "input": " ", "output": "#### 4", "answer": "4"},
+    ]
+    _, made, out, _ = said(tmp_path, capsys, rows)
+    assert [r["prompt"][0]["content"] for r in made] == ["Add.", "Add.\n\n2 and 2", "Add."]
+    assert "not carried over" not in out
+    status, _, _, err = said(tmp_path, capsys, [{**rows[0], "input": {"a": 2}}])
+    assert status == 2 and "field `input`: must be text" in err
+
+
+def test_a_system_text_beside_the_messages_is_their_system_message(tmp_path, capsys):
+    row = {"system": "Think.", "tools": "[]", "messages": [ask("a?"), say("#### 1")]}
+    system = {"role": "system", "content": "Think."}
+    _, (made,), out, _ = said(tmp_path, capsys, [row])
+    assert made["prompt"] == [system, ask("a?")] and made["target"] == [say("#### 1")]
+    assert "not carried over: `tools`;" in out
+    assert said(tmp_path, capsys, [row], "--drop-system")[1][0]["prompt"] == [ask("a?")]
+    own = {**row, "messages": [{"role": "system", "content": "Own."}, *row["messages"]]}
+    _, (made,), out, _ = said(tmp_path, capsys, [own])
+    assert made["prompt"][0]["content"] == "Own." and "not carried over: `system`, `tools`" in out
+
+
+@pytest.mark.parametrize("name", ["solutions", "responses", "completions", "outputs", "answers"])
+def test_lists_of_demonstrations_have_further_names(tmp_path, capsys, name):
+    row = {"question": "a?", name: ["x\n#### 1", "y\n#### 1"]}
+    _, (made,), _, err = said(tmp_path, capsys, [row])
+    assert made["target"] == [[say("x\n#### 1")], [say("y\n#### 1")]] and not err
+
+
+def test_a_file_without_demonstrations_is_warned_of(tmp_path, capsys):
+    row = {"question": "a?", "answer": "1", "proof": "x"}
+    status, _, out, err = said(tmp_path, capsys, [row])
+    assert status == 0 and "its fields are `question`, `answer`, `proof`: --demo-key" in err
+    assert "not carried over: `proof`; to carry one over: --keep NAME" in out
+    assert not said(tmp_path, capsys, [row], "--demo-key", "proof")[3]
+
+
+def test_chats_and_reward_models_that_stand_as_text_are_parsed(tmp_path, capsys):
+    plain = {"prompt": [ask("a?")], "target": [say("Yes.")], "reward_model": {"ground_truth": "1"}}
+    rows = [{k: json.dumps(v) for k, v in plain.items()}] * 3
+    _, made, out, err = said(tmp_path, capsys, rows)
+    assert all(r["prompt"] == [ask("a?")] and r["target"] == [say("Yes.")] for r in made) and not err
+    assert out.count("as JSON text: parsed") == 3 and made[0]["reward_model"]["ground_truth"] == "1"
+    chat = [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "#### 1"}]
+    _, (made,), *_ = said(tmp_path, capsys, [{"conversations": json.dumps(chat)}])
+    assert made["prompt"] == [ask("a?")] and made["target"] == [say("#### 1")]
+    _, (made,), out, _ = said(tmp_path, capsys, [{"question": '["role"]', "answer": "#### 1"}])
+    assert made["prompt"] == [ask('["role"]')] and "parsed" not in out
+
+
+def test_an_empty_training_file_is_warned_of(tmp_path, capsys):
+    options = ["--val", str(tmp_path / "val.parquet"), "--val-share"]
+    status, made, _, err = said(tmp_path, capsys, [asked()], *options, "0.999999")
+    assert status == 0 and made == [] and "lower --val-share" in err
+    assert "raise --val-share" in said(tmp_path, capsys, [asked()], *options, "0.000001")[3]
+
+
+def test_bad_rows_are_left_out_and_counted(tmp_path, capsys):
+    late = {"messages": [ask("x?"), {**say(""), "tool_calls": [{"function": {"name": "f"}}]}, say("#### 1")]}
+    rows = [{"messages": [ask(f"{i}?"), say("#### 1")]} for i in range(600)]
+    bad = [{}, {"messages": [ask("b?"), say("no")]}, {"messages": [ask("c?"), say("no")]}, late]
+    text = "".join(json.dumps(r) + "\n" for r in [*bad[:1], *rows, *bad[1:]]) + "[1]\n{cut\n"
+    assert said(tmp_path, capsys, text)[0] == 2
+    status, made, out, _ = said(tmp_path, capsys, text, "--skip-bad")
+    assert status == 0 and len(made) == 600 and [r["extra_info"]["index"] for r in made] == list(range(600))
+    assert "--skip-bad left out 6 bad rows:" in out and "  2 × `messages`: no expected answer" in out
+    assert out.count("for example") == 5 and "in.jsonl: row 602: field `messages`" in out
+    assert "`target.tool_calls`: appears first here, after N rows" in out
+    status, made, out, err = said(tmp_path, capsys, [{"question": "a?", "answer": None}], "--skip-bad")
+    assert status == 2 and made is None and "no row was written" in err and "1 bad rows" in out
+    (tmp_path / "list.json").write_text(json.dumps([asked(), 5, asked()]), encoding="utf-8")
+    assert main(["convert", str(tmp_path / "list.json"), str(tmp_path / "out.parquet"), "--skip-bad"]) == 0
+    assert pq.read_table(tmp_path / "out.parquet").num_rows == 2
+
+
+def test_a_row_that_arrow_refuses_is_left_out_too(tmp_path, capsys):
+    rows = [{"messages": [{**ask("a?"), "name": name}, say("#### 1")]} for name in ("ann", 5, "bob")]
+    status, _, _, err = said(tmp_path, capsys, rows)
+    assert status == 2 and "row 2: field `prompt`" in err
+    status, made, *_ = said(tmp_path, capsys, rows, "--skip-bad")
+    assert status == 0 and [r["prompt"][0]["name"] for r in made] == ["ann", "bob"]
+
+
+def test_a_missing_expected_answer_says_what_to_do(tmp_path, capsys):
+    for row in (
+        {"question": "a?"},
+        {"question": "a?", "answer": None},
+        {"question": "a?", "answer": "", "solution": "x"},
+    ):
+        status, _, _, err = said(tmp_path, capsys, [row])
+        assert status == 2 and "the reward needs one" in err and "--answer-key" in err and "--skip-bad" in err
+        assert "demonstration" not in err
+
+
+@pytest.mark.parametrize("key", ["data", "train"])
+def test_rows_wrapped_in_an_object_are_pointed_at(tmp_path, capsys, key):
+    for indent in (None, 1):
+        status, _, _, err = said(tmp_path, capsys, json.dumps({"version": "1", key: [asked()]}, indent=indent))
+        assert status == 2 and f"if `{key}` holds the rows" in err and f"[{key!r}]" in err
+
+
+def test_tables_of_text_say_how_to_make_json_of_them(tmp_path, capsys):
+    for name, sep in (("a.csv", ","), ("a.tsv", "\t")):
+        path = tmp_path / name
+        path.write_text(f"question{sep}answer\n1+1?{sep}#### 2\n", encoding="utf-8")
+        assert main(["convert", str(path), str(tmp_path / "o.parquet")]) == 2
+        err = capsys.readouterr().err
+        subprocess.run([sys.executable, "-c", re.search('python -c "(.*)"', err)[1]], check=True, cwd=tmp_path)
+        _, (made,), *_ = said(tmp_path, capsys, (tmp_path / "rows.jsonl").read_text())
+        assert made["prompt"] == [ask("1+1?")] and made["reward_model"]["ground_truth"] == "2"
+
+
+def test_fields_are_known_whatever_their_case(tmp_path, capsys):
+    _, (made,), out, _ = said(tmp_path, capsys, [{"Question": "a?", "Solution": "It is 1.", "Answer": "1"}])
+    assert made["prompt"] == [ask("a?")] and made["target"] == [say("It is 1.")] and "not carried" not in out
+    assert made["reward_model"]["ground_truth"] == "1"
+    _, (made,), *_ = said(tmp_path, capsys, [{"Question": "a?", "Answer": "It is 1.\n#### 1"}])
+    assert made["target"] == [say("It is 1.\n#### 1")] and made["data_source"] == "openai/gsm8k"
+    _, (made,), *_ = said(tmp_path, capsys, [{"Messages": [ask("a?"), say("#### 1")], "problem": "b?"}])
+    assert made["prompt"] == [ask("a?")]
 
 
 MEASURED = """

@@ -6,21 +6,35 @@ what stands under the name asked for is whole.
 
 import argparse
 import itertools
-import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from verl_hpt.data_keep import parse_keep
 from verl_hpt.data_read import BadRow, count_rows, read_rows
-from verl_hpt.data_rows import FORMATS, Layout, Options, as_messages, detect, in_validation, to_verl
+from verl_hpt.data_rows import (
+    CHAT_KEYS,
+    DEMO_KEYS,
+    FORMATS,
+    PROMPT_KEYS,
+    Layout,
+    Options,
+    detect,
+    in_validation,
+    not_carried,
+    opened,
+    to_verl,
+    used_fields,
+)
+from verl_hpt.data_write import Writer, schema_of
 from verl_hpt.errors import UserError
 
-_GROUP_BYTES = 16 * 2**20
 _PEEK = 500  # rows looked at before the columns' types are settled
-_OPTIONAL = ("name", "tool_call_id", "reasoning_content")  # message fields of type text
+_NAMES = 1000  # names of fields, and kinds of bad rows, that are told apart
 
 
 def add_convert(parser: argparse.ArgumentParser) -> None:
@@ -36,77 +50,181 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drop-system", action="store_true", help="drop the prompts' system messages")
     parser.add_argument("--suffix", default="", help="text to put after every question")
     parser.add_argument("--strip-calculator", action="store_true", help="drop GSM8K's <<48/2=24>> marks")
-    parser.add_argument("--keep", action="append", default=[], metavar="COLUMN", help="carry a further column over")
+    keep = (
+        "carry a further column over: COLUMN or COLUMN:TYPE (double, int64, string, list<double>, …; what is not text "
+    )
+    keep += "becomes JSON text under string); extra_info for its own keys, extra_info.KEY or reward_model.KEY for one"
+    parser.add_argument("--keep", action="append", default=[], metavar="COLUMN", help=keep)
     parser.add_argument("--several", action="store_true", help="a list of demonstrations in every row")
     parser.add_argument("--val", metavar="FILE", help="validation parquet: questions drawn by a hash of their text")
     parser.add_argument("--val-share", type=float, default=0.02, help="share of the questions that go there")
     parser.add_argument("--seed", type=int, default=0, help="seed of that draw")
     parser.add_argument("--limit", type=int, help="stop after so many rows")
+    parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out and count them; default: stop")
+    peek = f"rows looked at, and held, before the columns' types are settled (default {_PEEK})"
+    parser.add_argument("--peek", type=int, default=_PEEK, metavar="ROWS", help=peek)
+
+
+@dataclass
+class _File:
+    """What the rows of one input had; names are the keys of dicts, in order."""
+
+    source: str
+    fields: dict[str, None] = field(default_factory=dict)
+    parsed: set[str] = field(default_factory=set)
+    demonstrations: int = 0
+
+
+@dataclass
+class _Told:
+    """What is said at the end: what was left out, and why."""
+
+    skipping: bool
+    files: list[_File] = field(default_factory=list)
+    lost: dict[str, None] = field(default_factory=dict)
+    bad: Counter = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
+
+    def skip(self, bad: BadRow) -> None:
+        """Count a bad row under --skip-bad, else raise it; so does what is wrong with a whole file."""
+        if not self.skipping or not bad.row:
+            raise bad
+        problem = re.sub(r"\d+", "N", bad.problem.partition(", got ")[0])[:160]
+        kind = f"`{re.sub(r'[0-9]+', '', bad.field)}`: {problem}"
+        self.bad[kind if kind in self.bad or len(self.bad) < _NAMES else "(other problems)"] += 1
+        if len(self.examples) < 5:
+            self.examples.append(str(bad))
+
+    def skipped(self) -> None:
+        """Print the bad rows by kind, and the first few whole."""
+        if self.bad:
+            print(f"--skip-bad left out {self.bad.total()} bad rows:")
+            for kind, count in self.bad.most_common(20):
+                print(f"  {count} × {kind}")
+            if len(self.bad) > 20:
+                print(f"  and {len(self.bad) - 20} further kinds")
+            for example in self.examples:
+                print(f"  for example {example}")
+
+    def carried(self) -> None:
+        """Print which fields of the inputs are not in the output, and warn of files without demonstrations."""
+        fields = [name for name in self.lost if "[]." not in name]
+        if fields:
+            as_nested = next((name for name in fields if name.startswith(("extra_info.", "reward_model."))), None)
+            nested = f", nested ones as --keep {as_nested}" if as_nested else ""
+            print(f"not carried over: {_listed(fields)}; to carry one over: --keep NAME{nested}")
+        fields = [name for name in self.lost if "[]." in name]
+        if fields:
+            print(f"not carried over, of messages: {_listed(fields)}")
+        for file in self.files:
+            if file.fields and not file.demonstrations:
+                problem = f"no demonstration was found; its fields are {_listed(list(file.fields))}"
+                print(f"warning: {file.source}: {problem}: --demo-key names theirs", file=sys.stderr)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 40} more" if len(names) > 40 else ""
+    return ", ".join(f"`{name}`" for name in names[:40]) + more
 
 
 def run_convert(args: argparse.Namespace) -> int:
-    """Convert; 0 when every row was written. Raises `BadRow` or `UserError`."""
+    """Convert; 0 when every row was written, or under --skip-bad any. Raises `BadRow` or `UserError`."""
     if not 0 < args.val_share < 1:
         raise UserError(f"--val-share must lie between 0 and 1, got {args.val_share:g}")
+    if args.peek < 1:
+        raise UserError(f"--peek must be 1 or more, got {args.peek}")
     if len({os.path.realpath(p) for p in (*args.inputs, args.out, *([args.val] if args.val else []))}) != len(
         args.inputs
     ) + 1 + bool(args.val):
         raise UserError("inputs, OUT and --val must be different files")
+    keep = parse_keep(args.keep)
     options = Options(
-        args.data_source,
-        args.system,
-        args.drop_system,
-        args.suffix,
-        args.strip_calculator,
-        args.ability,
-        tuple(args.keep),
+        args.data_source, args.system, args.drop_system, args.suffix, args.strip_calculator, args.ability, keep
     )
-    rows = _converted(args, options)
+    told = _Told(args.skip_bad)
+    rows = _converted(args, options, told)
     if args.limit is not None:
         rows = itertools.islice(rows, args.limit)
-    peeked = list(itertools.islice(rows, _PEEK))
-    if not peeked:
-        raise UserError("no rows to write (--limit 0?)")
-    schema = schema_of(peeked, args.several, options.keep)
-    counts, sources = Counter(), Counter()
-    train = Writer(args.out, schema)
-    validation = Writer(args.val, schema) if args.val else None
-    try:
-        for row in itertools.chain(peeked, rows):
-            here = validation is not None and in_validation(row["prompt"], args.val_share, args.seed)
-            row["extra_info"]["split"] = "val" if here else "train"
-            counts["val" if here else "train"] += 1
-            counts["demonstrations"] += sum(d is not None for d in row["target"])
-            counts["without"] += not any(d is not None for d in row["target"])
-            sources[row["data_source"]] += 1
-            (validation if here else train).add(row)
-        train.close()
-        if validation is not None:
-            validation.close()
-    except BaseException:
-        train.abandon()
-        if validation is not None:
-            validation.abandon()
-        raise
+    counts, sources = _write(args, rows, keep, told)
+    told.skipped()
+    if not counts["rows"]:
+        raise UserError("no row was written: all are bad" if told.bad else "no rows to write (--limit 0?)")
     print(f"{args.out}: {counts['train']} rows" + (f"; {args.val}: {counts['val']} rows" if args.val else ""))
     print(f"{counts['demonstrations']} demonstrations; {counts['without']} questions without one")
     print("data_source: " + ", ".join(f"{name} {n}" for name, n in sources.most_common(20)))
-    if counts["val"] == 0 and args.val:
+    told.carried()
+    if args.val and not counts["val"]:
         print(f"warning: no question fell to validation; raise --val-share ({args.val_share:g})", file=sys.stderr)
+    if args.val and not counts["train"]:
+        problem = f"every question fell to validation, {args.out} has no rows"
+        print(f"warning: {problem}; lower --val-share ({args.val_share:g})", file=sys.stderr)
     return 0
 
 
-def _converted(args: argparse.Namespace, options: Options) -> Iterator[dict]:
+def _write(args: argparse.Namespace, rows: Iterator[dict], keep: dict, told: _Told) -> tuple[Counter, Counter]:
+    """Write the rows; without any, no file. Counts of rows and demonstrations, and of rows by data_source."""
+    counts, sources = Counter(), Counter()
+    peeked = list(itertools.islice(rows, args.peek))
+    if not peeked:
+        return counts, sources
+    looked = len(peeked)
+    schema = schema_of(peeked, args.several, keep, told.skip)
+    writers = {"train": Writer(args.out, schema, keep, args.skip_bad)}
+    try:
+        if args.val:
+            writers["val"] = Writer(args.val, schema, keep, args.skip_bad)
+        for seen, row in enumerate(itertools.chain(peeked, rows), start=looked - len(peeked)):
+            here = "val" if args.val and in_validation(row["prompt"], args.val_share, args.seed) else "train"
+            if row["extra_info"]["split"] is None:
+                row["extra_info"]["split"] = here
+            try:
+                writers[here].add(row, seen)
+            except BadRow as bad:
+                told.skip(bad)
+                continue
+            counts["rows"] += 1
+            counts[here] += 1
+            counts["demonstrations"] += sum(d is not None for d in row["target"])
+            counts["without"] += not any(d is not None for d in row["target"])
+            sources[row["data_source"]] += 1
+        for writer in writers.values():
+            writer.close() if counts["rows"] else writer.abandon()
+    except BaseException:
+        for writer in writers.values():
+            writer.abandon()
+        raise
+    return counts, sources
+
+
+def _converted(args: argparse.Namespace, options: Options, told: _Told) -> Iterator[dict]:
     from tqdm import tqdm
 
+    known = {*CHAT_KEYS, *PROMPT_KEYS, *DEMO_KEYS, "reward_model"}
+    known |= {key for key in (args.prompt_key, args.demo_key) if key}
     for source in args.inputs:
-        layout = None
-        bar = tqdm(read_rows(source), total=count_rows(source), unit=" rows", desc=Path(source).name, disable=None)
-        for number, row in bar:
-            if layout is None:
-                layout = _layout(args, source, number, row)
-                print(_described(source, layout))
-            yield to_verl(source, number, row, layout, options)
+        layout, used, file = None, set(), _File(source)
+        told.files.append(file)
+        rows = read_rows(source, told.skip)
+        for number, row in tqdm(rows, total=count_rows(source), unit=" rows", desc=Path(source).name, disable=None):
+            if len(file.fields) < _NAMES:
+                file.fields.update(dict.fromkeys(row))
+            row, parsed = opened(row, known)
+            for name in sorted({*parsed} - file.parsed):
+                print(f"{source}: `{name}` holds its messages or fields as JSON text: parsed")
+                file.parsed.add(name)
+            try:
+                if layout is None:
+                    layout = _layout(args, source, number, row)
+                    used = used_fields(layout, options.keep)
+                    print(_described(source, layout))
+                made = to_verl(source, number, row, layout, options, None)
+            except BadRow as bad:
+                told.skip(bad)
+                continue
+            if len(told.lost) < _NAMES:
+                told.lost.update(dict.fromkeys(not_carried(row, made, layout, options, used)))
+            file.demonstrations += sum(d is not None for d in made["target"])
+            yield made
 
 
 def _layout(args: argparse.Namespace, source: str, number: int, row: dict) -> Layout:
@@ -130,162 +248,10 @@ def _described(source: str, layout: Layout) -> str:
     answer = f"`{layout.truth}`" if layout.truth else "from the demonstration (#### or the last box)"
     if layout.format == "gsm8k":
         answer = f"what follows #### in `{layout.truth}`"
-    return (
-        f"{source}: format {layout.format}: question `{layout.prompt}`, demonstrations {demo}, expected answer {answer}"
-    )
-
-
-def schema_of(rows: list[dict], several: bool, keep: tuple[str, ...] = ()):
-    """The Arrow schema for rows like these: optional message fields only where they occur, a list level for several."""
-    import pyarrow as pa
-
-    messages = [m for row in rows for m in (*row["prompt"], *_flat(row["target"]))]
-    fields = [("role", pa.string()), ("content", pa.string())]
-    fields += [(name, pa.string()) for name in _OPTIONAL if any(name in m for m in messages)]
-    if any("tool_calls" in m for m in messages):
-        function = pa.struct([("name", pa.string()), ("arguments", pa.string())])
-        call = pa.struct([("id", pa.string()), ("type", pa.string()), ("function", function)])
-        fields.append(("tool_calls", pa.list_(call)))
-    chat = pa.list_(pa.struct(fields))
-    plain_chat = pa.list_(pa.struct(fields[:2]))
-    several = several or any(len(row["target"]) > 1 for row in rows)
-    columns = [
-        ("data_source", pa.string()),
-        ("prompt", chat if any(set(m) - {"role", "content"} for row in rows for m in row["prompt"]) else plain_chat),
-        ("ability", pa.string()),
-        ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", pa.string())])),
-        (
-            "extra_info",
-            pa.struct([("index", pa.int64()), ("split", pa.string()), ("file", pa.string()), ("row", pa.int64())]),
-        ),
-        ("target", pa.list_(chat) if several else chat),
-    ]
-    for name in keep:
-        try:
-            columns.append((name, pa.array([row[name] for row in rows]).type))
-        except pa.ArrowException as error:
-            raise UserError(f"--keep {name}: its rows have no one type: {str(error).splitlines()[0]}") from None
-    return pa.schema(columns)
-
-
-def _flat(target: list) -> Iterator[dict]:
-    for demo in target:
-        if isinstance(demo, list):
-            yield from demo
-
-
-class Writer:
-    """A parquet file written row group by row group under a provisional name."""
-
-    def __init__(self, path: str, schema):
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        self.path, self.part, self.schema = path, f"{path}.part", schema
-        self.several = pa.types.is_list(schema.field("target").type.value_type)
-        self.rows: list[dict] = []
-        self.size, self.count = 0, 0
-        if not path.endswith(".parquet"):
-            raise UserError(f"{path}: verl reads parquet by its name; call the output something.parquet")
-        try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self.file = pq.ParquetWriter(self.part, schema, compression="zstd", write_page_checksum=True)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written: {error}") from None
-
-    def add(self, row: dict) -> None:
-        target = [as_messages(d) for d in row["target"]]
-        if not self.several and len(target) > 1:
-            info = row["extra_info"]
-            problem = f"{len(target)} demonstrations, earlier rows had one: convert again with --several"
-            raise BadRow(info["file"], info["row"], "target", problem)
-        row = {**row, "target": target if self.several else (target[0] if target else None)}
-        row["extra_info"]["index"] = self.count
-        for messages in (row["prompt"], *target):
-            for message in messages or []:
-                self.size += len(message["content"])
-                if "tool_calls" in message:
-                    message["tool_calls"] = [_call(c) for c in message["tool_calls"]]
-        self.count += 1
-        self.rows.append(row)
-        if self.size >= _GROUP_BYTES or len(self.rows) >= 20_000:
-            self._flush()
-
-    def _flush(self) -> None:
-        import pyarrow as pa
-
-        if self.rows:
-            try:
-                self._check_fields()
-                self.file.write_table(pa.Table.from_pylist(self.rows, self.schema))
-            except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-                self._blame(error)
-        self.rows, self.size = [], 0
-
-    def _check_fields(self) -> None:
-        """Arrow drops struct fields that its schema lacks without a word; a late tool call must not vanish so."""
-        names = {
-            "prompt": {f.name for f in self.schema.field("prompt").type.value_type},
-            "target": {f.name for f in _innermost(self.schema.field("target").type)},
-        }
-        for row in self.rows:
-            target = _flat(row["target"] or []) if self.several else (row["target"] or [])
-            for key, messages in (("prompt", row["prompt"]), ("target", target)):
-                for message in messages:
-                    extra = set(message) - names[key]
-                    if extra:
-                        info, name = row["extra_info"], sorted(extra)[0]
-                        problem = (
-                            f"appears first here, after {_PEEK} rows without it; move this file or row to the front"
-                        )
-                        raise BadRow(info["file"], info["row"], f"{key}.{name}", problem)
-
-    def _blame(self, error: Exception) -> None:
-        """Find the row that Arrow does not take."""
-        import pyarrow as pa
-
-        for row in self.rows:
-            for field in self.schema:
-                try:
-                    pa.array([row.get(field.name)], field.type)
-                except (pa.ArrowException, TypeError, ValueError, OverflowError) as reason:
-                    info = row["extra_info"]
-                    raise BadRow(info["file"], info["row"], field.name, str(reason).splitlines()[0][:200]) from None
-        raise UserError(f"{self.path}: {error}") from None
-
-    def close(self) -> None:
-        """Write what is left and give the file its name."""
-        self._flush()
-        self.file.close()
-        os.replace(self.part, self.path)
-
-    def abandon(self) -> None:
-        """Leave nothing behind."""
-        self.file.close()
-        Path(self.part).unlink(missing_ok=True)
-
-
-def _innermost(kind):
-    import pyarrow as pa
-
-    while pa.types.is_list(kind):
-        kind = kind.value_type
-    return kind
-
-
-def _call(call: Any) -> dict:
-    """A tool call with its arguments as JSON text, the one form that every row can share."""
-    function = call.get("function") if isinstance(call, dict) and isinstance(call.get("function"), dict) else call
-    function = function if isinstance(function, dict) else {}
-    arguments = function.get("arguments")
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments if arguments is not None else {}, ensure_ascii=False)
-    outer = call if isinstance(call, dict) else {}
-    return {
-        "id": outer.get("id"),
-        "type": outer.get("type") or "function",
-        "function": {"name": function.get("name"), "arguments": arguments},
-    }
+    elif layout.truth is None and layout.demo is None and layout.format != "messages":
+        answer = "none"
+    question = f"`{layout.prompt}`" + (f" and, where it is not empty, `{layout.context}`" if layout.context else "")
+    return f"{source}: format {layout.format}: question {question}, demonstrations {demo}, expected answer {answer}"
 
 
 def add_eval_set(parser: argparse.ArgumentParser) -> None:
@@ -325,10 +291,10 @@ def run_eval_set(args: argparse.Namespace) -> int:
         out = str(Path(args.out) / f"{name}.parquet")
         if out in written:
             raise UserError(f"two inputs are called {name}; give them different names")
-        writer = Writer(out, schema_of(rows[:_PEEK], False))
+        writer = Writer(out, schema_of(rows, False))
         try:
-            for row in rows:
-                writer.add(row)
+            for seen, row in enumerate(rows):
+                writer.add(row, seen)
             writer.close()
         except BaseException:
             writer.abandon()

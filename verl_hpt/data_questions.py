@@ -96,6 +96,8 @@ class Questions:
                     raise BadRow(path, number, str(layout.prompt), f"must hold a question, got {prompt!r}"[:200])
                 if layout.format == "messages":
                     prompt = prompt[: 1 + max((i for i, m in enumerate(prompt) if asks(m)), default=-1)]
+                if isinstance(prompt, str) and isinstance(row.get(layout.context), str):
+                    prompt = f"{prompt}\n\n{row[layout.context]}"
                 texts.append(question_text(prompt))
             frame = frame or shared_frame(texts)
             for (number, _), text in zip(batch, texts, strict=True):

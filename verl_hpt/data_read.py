@@ -8,7 +8,7 @@ import gzip
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from verl_hpt.errors import UserError
 MAX_ROW_BYTES = 64 * 2**20  # one row of text; anything larger is damage, not data
 _BATCH_BYTES = 8 * 2**20
 _SUFFIXES = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".ndjson")
+_WRAPPED = re.compile(rb'"((?!messages|conversations|prompt|target)[^"\\]{1,60})"\s*:\s*\[\s*\{')
 _HUB_NAME = re.compile(r"^\w[\w.-]*/[\w.-]+(?:@[\w.-]+)?(?::[\w\[\]:%+.-]+)?$")
 
 
@@ -29,8 +30,12 @@ class BadRow(UserError):
         self.file, self.row, self.field, self.problem = str(file), row, field, problem
 
 
-def read_rows(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row number from 1, row) of a file, or of a dataset `owner/name[@config][:split]`; raises `BadRow`."""
+def read_rows(source: str, skip: Callable[[BadRow], None] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row number from 1, row) of a file, or of a dataset `owner/name[@config][:split]`; raises `BadRow`.
+
+    A row that cannot be read goes to `skip`, where given, and reading goes on; not so where nobody could tell how many
+    rows the damage took.
+    """
     path = Path(source)
     if path.is_dir():
         raise BadRow(source, 0, "(file)", "is a folder; name the files in it")
@@ -44,7 +49,15 @@ def read_rows(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
     kind = file_kind(source)
     reader = {"parquet": _parquet_rows, "jsonl": _jsonl_rows, "json": _json_rows}[kind]
     found = False
-    for number, row in reader(source):
+
+    def bad_row(bad: BadRow) -> None:
+        nonlocal found
+        if skip is None:
+            raise bad
+        found = True
+        skip(bad)
+
+    for number, row in reader(source, bad_row):
         found = True
         yield number, row
     if not found:
@@ -76,6 +89,10 @@ def file_kind(source: str) -> str:
         return "json"
     if head.lstrip()[:1] == b"{" or source.lower().endswith(_SUFFIXES):
         return "jsonl"
+    if source.lower().endswith((".csv", ".tsv", ".csv.gz", ".tsv.gz")):
+        tab = ", sep='\\t'" if ".tsv" in source.lower() else ""
+        code = f"pd.read_csv({source!r}{tab}).to_json('rows.jsonl', orient='records', lines=True)"
+        raise BadRow(source, 0, "(file)", f'is CSV or TSV; make JSONL of it: python -c "import pandas as pd; {code}"')
     raise BadRow(source, 0, "(file)", f"is neither parquet nor JSON; known: {', '.join(_SUFFIXES)}")
 
 
@@ -90,7 +107,7 @@ def _open_parquet(source: str):
         raise BadRow(source, 0, "(file)", f"is not a whole parquet file: {_first_line(error)}") from None
 
 
-def _parquet_rows(source: str) -> Iterator[tuple[int, dict]]:
+def _parquet_rows(source: str, bad_row: Callable[[BadRow], None]) -> Iterator[tuple[int, dict]]:
     import pyarrow as pa
 
     file = _open_parquet(source)
@@ -101,18 +118,29 @@ def _parquet_rows(source: str) -> Iterator[tuple[int, dict]]:
         for batch in file.iter_batches(batch_size=int(batch_rows)):
             for i in range(batch.num_rows):
                 number += 1
-                row = {}
-                for name, column in zip(batch.schema.names, batch.columns, strict=True):
-                    try:
-                        row[name] = column[i].as_py()
-                    except UnicodeDecodeError as error:
-                        raise BadRow(source, number, name, f"is not UTF-8: {error.reason}") from None
-                    except (pa.ArrowException, ValueError, OverflowError) as error:
-                        raise BadRow(source, number, name, f"cannot be read: {_first_line(error)}") from None
-                    _bound(source, number, name, row[name])
+                try:
+                    row = _parquet_row(source, number, batch, i)
+                except BadRow as bad:
+                    bad_row(bad)
+                    continue
                 yield number, row
     except (pa.ArrowException, OSError, MemoryError) as error:
         raise BadRow(source, number + 1, "(row)", f"cannot be read, damaged here: {_first_line(error)}") from None
+
+
+def _parquet_row(source: str, number: int, batch, i: int) -> dict:
+    import pyarrow as pa
+
+    row = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            row[name] = column[i].as_py()
+        except UnicodeDecodeError as error:
+            raise BadRow(source, number, name, f"is not UTF-8: {error.reason}") from None
+        except (pa.ArrowException, ValueError, OverflowError) as error:
+            raise BadRow(source, number, name, f"cannot be read: {_first_line(error)}") from None
+        _bound(source, number, name, row[name])
+    return row
 
 
 def _bound(source: str, number: int, name: str, value: Any) -> None:
@@ -120,9 +148,9 @@ def _bound(source: str, number: int, name: str, value: Any) -> None:
         raise BadRow(source, number, name, f"has {len(value)} characters; no row may have more than {MAX_ROW_BYTES}")
 
 
-def _jsonl_rows(source: str) -> Iterator[tuple[int, dict]]:
+def _jsonl_rows(source: str, bad_row: Callable[[BadRow], None]) -> Iterator[tuple[int, dict]]:
     with _open_binary(source) as file:
-        number = 0
+        number, inside = 0, False
         while True:
             try:
                 line = file.readline(MAX_ROW_BYTES + 1)
@@ -130,13 +158,24 @@ def _jsonl_rows(source: str) -> Iterator[tuple[int, dict]]:
                 raise BadRow(source, number + 1, "(line)", f"cannot be read: {_first_line(error)}") from None
             if not line:
                 return
+            if inside:  # what is left of a line that was too long
+                inside = not line.endswith(b"\n")
+                continue
             number += 1
             if len(line) > MAX_ROW_BYTES:
-                raise BadRow(source, number, "(line)", f"is longer than {MAX_ROW_BYTES} bytes")
+                hint = _wrapped_hint(source) if number == 1 else ""
+                bad_row(BadRow(source, number, "(line)", f"is longer than {MAX_ROW_BYTES} bytes{hint}"))
+                inside = not line.endswith(b"\n")
+                continue
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():
-                yield number, _parsed(source, number, line, ended=line.endswith(b"\n"))
+                try:
+                    row = _parsed(source, number, line, line.endswith(b"\n"))
+                except BadRow as bad:
+                    bad_row(bad)
+                    continue
+                yield number, row
 
 
 def _parsed(source: str, number: int, line: bytes, ended: bool = True) -> dict:
@@ -149,6 +188,7 @@ def _parsed(source: str, number: int, line: bytes, ended: bool = True) -> dict:
         row = json.loads(text)
     except json.JSONDecodeError as error:
         cut = "" if ended else "; the last line has no end: the file looks cut off"
+        cut = cut or (_wrapped_hint(source) if number == 1 else "")
         raise BadRow(source, number, "(line)", f"is not JSON: {error.msg} at character {error.pos}{cut}") from None
     except (RecursionError, ValueError) as error:
         raise BadRow(source, number, "(line)", f"is not usable JSON: {_first_line(error)}") from None
@@ -157,13 +197,26 @@ def _parsed(source: str, number: int, line: bytes, ended: bool = True) -> dict:
     return row
 
 
+def _wrapped_hint(source: str) -> str:
+    """What to say of a file whose first line is no row: an object around the list of rows is common."""
+    with _open_binary(source) as file:
+        match = _WRAPPED.search(file.read(4096))
+    return unwrap_hint(source, match.group(1).decode("utf-8", "replace")) if match else ""
+
+
+def unwrap_hint(source: str, key: str) -> str:
+    """How to make a file of rows of one whose field `key` holds them."""
+    code = f"json.dump(json.load(open({source!r}))[{key!r}], open('rows.json', 'w'))"
+    return f'; if `{key}` holds the rows, write that list alone: python -c "import json; {code}"'
+
+
 def _field_before(line: bytes, position: int) -> str:
     """The last `"name":` before a byte: good enough to point a person at it."""
     names = re.findall(rb'"([^"\\]{1,60})"\s*:', line[:position])
     return names[-1].decode("utf-8", "replace") if names else "(line)"
 
 
-def _json_rows(source: str) -> Iterator[tuple[int, dict]]:
+def _json_rows(source: str, bad_row: Callable[[BadRow], None]) -> Iterator[tuple[int, dict]]:
     """Elements of one JSON list, decoded as they arrive."""
     decoder, number = json.JSONDecoder(), 0
     with _open_binary(source) as binary:
@@ -199,12 +252,12 @@ def _json_rows(source: str) -> Iterator[tuple[int, dict]]:
                     problem = f"is longer than {MAX_ROW_BYTES} characters, or broken"
                     raise BadRow(source, number + 1, "(row)", problem) from None
                 continue
-            number += 1
-            if not isinstance(row, dict):
+            number, at, comma = number + 1, end, True
+            if isinstance(row, dict):
+                yield number, row
+            else:
                 problem = f"must be an object with named fields, got {type(row).__name__}"
-                raise BadRow(source, number, "(row)", problem)
-            yield number, row
-            at, comma = end, True
+                bad_row(BadRow(source, number, "(row)", problem))
 
 
 def _open_binary(source: str):

@@ -5,31 +5,42 @@ verl's row: `data_source`, `prompt` (chat messages), `ability`, `reward_model` {
 names the field.
 """
 
+import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from verl_hpt.data_read import BadRow
+from verl_hpt.data_keep import OURS, carried
+from verl_hpt.data_read import BadRow, unwrap_hint
 from verl_hpt.demos import demonstrations, plain, stable_hash
 from verl_hpt.reward import last_boxed, unboxed
 
 PROMPT_KEYS = ("prompt", "question", "problem", "query", "instruction", "input")
 DEMO_KEYS = ("target", "demonstrations", "demonstration", "response", "solution", "completion", "output", "generations")
+DEMO_KEYS += ("solutions", "responses", "completions", "outputs", "answers")
 TRUTH_KEYS = ("reward_model.ground_truth", "ground_truth", "expected_answer", "final_answer", "answer")
 CHAT_KEYS = ("messages", "conversations")
 FORMATS = ("luffy", "messages", "gsm8k", "qa", "plain", "questions")
+_MESSAGE_KEYS = {"role", "content", "from", "value", "name", "tool_calls", "tool_call_id", "reasoning_content"}
+_NEEDED = "the reward needs one: --answer-key names its field, `data convert --skip-bad` leaves such rows out"
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
 _MARKS = re.compile(r"<<[^<>\n]*>>")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which field holds what; `format` is a name in `FORMATS`. A None key means: not there."""
+    """Which field holds what; `format` is a name in `FORMATS`. A None key means: not there.
+
+    `context` is Alpaca's `input`, which belongs to the question; `system` holds the system message of all messages.
+    """
 
     format: str
     prompt: str | None
     demo: str | None
     truth: str | None
+    context: str | None = None
+    system: str | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +53,7 @@ class Options:
     suffix: str = ""
     strip_calculator: bool = False
     ability: str = "math"
-    keep: tuple[str, ...] = ()
+    keep: dict[str, Any] | None = None  # name → Arrow type, see `data_keep.parse_keep`
 
 
 def field(row: dict, path: str | None) -> Any:
@@ -60,31 +71,51 @@ def detect(
     """The layout of a file by its first row; keys that the user named are taken as they are, and must be there."""
     for option, key in (("--prompt-key", prompt), ("--demo-key", demo), ("--answer-key", truth)):
         if key is not None and key.split(".")[0] not in row:
-            raise BadRow(file, 1, key, f"no such field ({option}); the row has {_names(row)}")
-    chat = next((k for k in CHAT_KEYS if isinstance(row.get(k), list)), None)
-    if prompt is None and chat is not None and "prompt" not in row:
-        return Layout("messages", chat, demo, truth or _first(row, TRUTH_KEYS))
+            raise BadRow(file, 1, key, f"no such field ({option}); the row has {_names(row)}{_wrapped(file, row)}")
+    chat = next((k for k in (_present(row, key) for key in CHAT_KEYS) if isinstance(row.get(k), list)), None)
+    if prompt is None and chat is not None and _present(row, "prompt") is None:
+        return Layout("messages", chat, demo, truth or _first(row, TRUTH_KEYS), system=_present(row, "system"))
     prompt = prompt or _first(row, PROMPT_KEYS)
     if prompt is None:
         known = ", ".join((*PROMPT_KEYS, *CHAT_KEYS))
-        raise BadRow(
-            file, 1, "prompt", f"no question found; known names: {known}; the row has {_names(row)}: --prompt-key"
-        )
-    named, demo = demo is not None, demo or _first(row, [k for k in DEMO_KEYS if k != prompt])
-    if demo is None and truth is None and isinstance(row.get("answer"), str) and "####" in row["answer"]:
-        return Layout("gsm8k", prompt, "answer", "answer")
-    truth = truth or _first(row, [k for k in TRUTH_KEYS if k not in (prompt, demo)])
+        problem = f"no question found; known names: {known}; the row has {_names(row)}: --prompt-key"
+        raise BadRow(file, 1, "prompt", problem + _wrapped(file, row))
+    named = demo is not None
     if demo is None:
-        return Layout("questions", prompt, None, truth)
+        answers = _present(row, "answers")  # a list of them is of demonstrations, unless it was named as the truth
+        taken = (prompt, answers if answers == truth or not isinstance(row.get(answers), list) else None)
+        demo = _first(row, DEMO_KEYS, taken)
+    answer = _present(row, "answer")
+    if demo is None and truth is None and isinstance(row.get(answer), str) and "####" in row[answer]:
+        return Layout("gsm8k", prompt, answer, answer)
+    truth = truth or _first(row, TRUTH_KEYS, (prompt, demo))
+    context = None
+    if prompt.lower() == "instruction":
+        context = _present(row, "input") or "input"  # the first row may lack it
+        context = None if context in (demo, truth) else context
+    if demo is None:
+        return Layout("questions", prompt, None, truth, context)
     if isinstance(row.get("reward_model"), dict) and not named:
-        return Layout("luffy", prompt, demo, truth)
-    return Layout("qa" if truth else "plain", prompt, demo, truth)
+        return Layout("luffy", prompt, demo, truth, context)
+    return Layout("qa" if truth else "plain", prompt, demo, truth, context)
 
 
-def _first(row: dict, keys) -> str | None:
-    return next((k for k in keys if field(row, k) is not None), None) or next(
-        (k for k in keys if "." not in k and k in row), None
-    )
+def _present(row: dict, key: str) -> str | None:
+    """The row's name for a known field: the same, else the same in other letter case."""
+    if key in row:
+        return key
+    return next((name for name in row if name.lower() == key), None)
+
+
+def _first(row: dict, keys, taken=()) -> str | None:
+    there = [k if "." in k else _present(row, k) for k in keys]
+    there = [k for k in there if k is not None and k not in taken]
+    return next((k for k in there if field(row, k) is not None), None) or next((k for k in there if k in row), None)
+
+
+def _wrapped(file: str, row: dict) -> str:
+    keys = [k for k, v in row.items() if isinstance(v, list) and v and all(isinstance(x, dict) for x in v[:100])]
+    return unwrap_hint(file, keys[0]) if keys else ""
 
 
 def _names(row: dict) -> str:
@@ -92,9 +123,9 @@ def _names(row: dict) -> str:
 
 
 def to_verl(
-    file: str, number: int, row: dict, layout: Layout, options: Options, split: str = "train"
+    file: str, number: int, row: dict, layout: Layout, options: Options, split: str | None = "train"
 ) -> dict[str, Any]:
-    """The row in verl's form; `extra_info.index` is left to the writer. Raises `BadRow`."""
+    """The row in verl's form; `extra_info.index`, and a split of None, are left to who writes it. Raises `BadRow`."""
     prompt, demos = _prompt_and_demos(file, number, row, layout)
     if options.drop_system or options.system is not None:
         prompt = [m for m in prompt if m["role"] != "system"]
@@ -111,17 +142,19 @@ def to_verl(
     )
     source = options.data_source or plain(row.get("data_source")) or fallback
     ability = row.get("ability") if isinstance(row.get("ability"), str) else options.ability
-    kept = {}
-    for name in options.keep:
-        if name not in row:
-            raise BadRow(file, number, name, f"no such field (--keep); the row has {_names(row)}")
-        kept[name] = plain(row[name])
+    kept, info, reward_model = carried(file, number, row, options.keep or {})
+    style = field(row, "reward_model.style")
+    ours = {"index": None, "split": split, "file": file.replace("\\", "/").split("/")[-1], "row": number}
     return {
         "data_source": str(source),
         "prompt": prompt,
         "ability": ability,
-        "reward_model": {"style": "rule", "ground_truth": truth},
-        "extra_info": {"index": 0, "split": split, "file": file.replace("\\", "/").split("/")[-1], "row": number},
+        "reward_model": {
+            "style": style if style and isinstance(style, str) else "rule",
+            "ground_truth": truth,
+            **reward_model,
+        },
+        "extra_info": {**ours, **info},
         "target": demos,
         **kept,
     }
@@ -134,12 +167,17 @@ def _prompt_and_demos(file: str, number: int, row: dict, layout: Layout) -> tupl
         asked = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
         if asked < 0:
             raise BadRow(file, number, layout.prompt, "no message of the user")
+        system = row.get(layout.system)
+        if isinstance(system, str) and system.strip() and all(m["role"] != "system" for m in messages[: asked + 1]):
+            _encodable(file, number, layout.system, system)
+            messages, asked = [{"role": "system", "content": system}, *messages], asked + 1
         demo = messages[asked + 1 :]
         own = demonstrations(field(row, layout.demo)) if layout.demo else []
         return messages[: asked + 1], own or ([demo] if demo else [])
     if isinstance(value, str):
         if not value.strip():
             raise BadRow(file, number, layout.prompt, "is empty")
+        value += _context(file, number, row, layout)
         _encodable(file, number, layout.prompt, value)
         prompt = [{"role": "user", "content": value}]
     else:
@@ -155,6 +193,15 @@ def _prompt_and_demos(file: str, number: int, row: dict, layout: Layout) -> tupl
     if layout.demo.split(".")[0] not in row:
         raise BadRow(file, number, layout.demo, f"missing; earlier rows had it, this one has {_names(row)}")
     return prompt, [_demo(file, number, layout.demo, d) for d in demonstrations(field(row, layout.demo))]
+
+
+def _context(file: str, number: int, row: dict, layout: Layout) -> str:
+    value = row.get(layout.context)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return ""
+    if not isinstance(value, str):
+        raise BadRow(file, number, layout.context, f"must be text, got {type(value).__name__}")
+    return f"\n\n{value}"
 
 
 def _messages(file: str, number: int, key: str, value: Any) -> list[dict]:
@@ -206,7 +253,7 @@ def _truth(file: str, number: int, row: dict, layout: Layout, demos: list) -> st
         text = row.get(layout.truth)
         answer = text.rpartition("####")[2].strip() if isinstance(text, str) and "####" in text else ""
         if not answer:
-            raise BadRow(file, number, layout.truth, "has no `#### answer` at its end")
+            raise BadRow(file, number, layout.truth, f"has no `#### answer` at its end; {_NEEDED}")
         return answer.splitlines()[0].strip()
     if layout.truth is not None:
         value = plain(field(row, layout.truth))
@@ -214,10 +261,11 @@ def _truth(file: str, number: int, row: dict, layout: Layout, demos: list) -> st
             value = value[0]
         if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value:
             shown = "missing or null" if value is None else f"{value!r}"[:80]
-            raise BadRow(file, number, layout.truth, f"must be the expected answer as text or a number, got {shown}")
+            problem = f"must be the expected answer as text or a number, got {shown}; {_NEEDED}"
+            raise BadRow(file, number, layout.truth, problem)
         text = unboxed(str(value)) or str(value).strip()
         if not text:
-            raise BadRow(file, number, layout.truth, "is empty")
+            raise BadRow(file, number, layout.truth, f"is empty, where the expected answer should be; {_NEEDED}")
         _encodable(file, number, layout.truth, text)
         return text
     for demo in demos:
@@ -225,11 +273,68 @@ def _truth(file: str, number: int, row: dict, layout: Layout, demos: list) -> st
         answer = text.rpartition("####")[2].strip() if "####" in text else last_boxed(text)
         if answer and answer.strip():
             return answer.strip().splitlines()[0].strip()
-    where = layout.demo or layout.prompt
-    problem = (
-        "no expected answer: neither `####` nor \\boxed{} at the end of the demonstration; name its field: --answer-key"
+    problem = "no expected answer"
+    if layout.demo or layout.format == "messages":
+        problem += ", neither in a field nor, after `####` or in \\boxed{}, at the end of a demonstration"
+    raise BadRow(file, number, layout.demo or layout.prompt, f"{problem}; {_NEEDED}")
+
+
+def opened(row: dict, keys: set[str]) -> tuple[dict, list[str]]:
+    """The row with chats (and a reward_model) that stand in it as JSON text parsed, and the names of those fields."""
+    found = {}
+    for name, value in row.items():
+        if isinstance(value, str) and value[:64].lstrip()[:1] in ("[", "{") and (name in keys or name.lower() in keys):
+            try:
+                parsed = json.loads(value)
+            except (ValueError, RecursionError):
+                continue
+            if "ground_truth" in parsed if name == "reward_model" and isinstance(parsed, dict) else _is_chat(parsed):
+                found[name] = parsed
+    return ({**row, **found}, list(found)) if found else (row, [])
+
+
+def _is_chat(value: Any) -> bool:
+    if not isinstance(value, list) or not value:
+        return False
+    if all(isinstance(v, list) for v in value):  # several demonstrations
+        return all(map(_is_chat, value))
+    return all(
+        isinstance(m, dict) and ({"role", "content"} <= m.keys() or {"from", "value"} <= m.keys()) for m in value
     )
-    raise BadRow(file, number, where, problem)
+
+
+def used_fields(layout: Layout, keep: dict[str, Any]) -> set[str]:
+    """Names of a file's fields, `a.b` for nested ones, that a conversion reads or carries over."""
+    used = {".".join(key.split(".")[:2]) for key in (layout.prompt, layout.demo, layout.truth, layout.context) if key}
+    return used | {"data_source", "reward_model.style", *keep, *(f"extra_info.{key}" for key in OURS["extra_info"])}
+
+
+def not_carried(row: dict, made: dict, layout: Layout, options: Options, used: set[str]) -> Iterator[str]:
+    """Names of what a row has and its converted form lacks; `a.b` for nested fields, `a[].b` for those of messages."""
+    partly = {name.partition(".")[0] for name in used if "." in name}
+    for name, value in row.items():
+        if value is None or (isinstance(value, str | list | dict) and not value):
+            continue
+        if name == layout.system and (options.drop_system or options.system is not None):
+            continue
+        if name == layout.system and any(m["role"] == "system" and m["content"] == value for m in made["prompt"]):
+            continue
+        if name == "ability" and isinstance(value, str):
+            continue
+        if name in used:
+            chats = value if isinstance(value, list) and name in (layout.prompt, layout.demo) else []
+            for message in (m for chat in chats for m in (chat if isinstance(chat, list) else [chat])):
+                if isinstance(message, dict) and not message.keys() <= _MESSAGE_KEYS:
+                    lost = (k for k, v in message.items() if k not in _MESSAGE_KEYS and v is not None)
+                    yield from (f"{name}[].{k}" for k in lost)
+            if name != "extra_info" or not isinstance(value, dict):
+                continue
+            value = {k: v for k, v in value.items() if k in ("index", "split") and made[name][k] != v}
+            yield from (f"{name}.{k}" for k, v in value.items() if v is not None)
+        elif name in partly and isinstance(value, dict):
+            yield from (f"{name}.{k}" for k, v in value.items() if v is not None and f"{name}.{k}" not in used)
+        else:
+            yield name
 
 
 def _without_marks(demo: Any) -> Any:

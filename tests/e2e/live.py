@@ -43,10 +43,8 @@ def _switch(trainer):
                 name, *settings = methods[turn].split()
                 print(f"LIVE step {self.global_steps}: {methods[turn]}", flush=True)
                 with trainer.open_dict(self.config):
-                    self.config.hpt = trainer.OmegaConf.merge(
-                        {"method": name, "demo": self.config.hpt.get("demo", {})},
-                        trainer.OmegaConf.from_dotlist(settings),
-                    )
+                    own = trainer.OmegaConf.from_dotlist(settings)
+                    self.config.hpt = trainer.OmegaConf.merge({"method": name}, own)
                 served = (trainer.need_reference_policy(self.config), trainer.need_critic(self.config))
                 self.hpt = trainer.Run(
                     self.config,
