@@ -244,8 +244,11 @@ def test_likelihood_writes_a_number_for_each_demonstration_and_check_reads_it(tm
     assert len(list(out.parent.iterdir())) == 1, "nothing provisional stays"
     _, found, _ = checked(tmp_path, str(out), "--log-likelihood-key", "log_likelihood", "--reward", "none")
     assert set(found) == {"unusable: empty"}
-    for more in (["--column", "prompt"], ["--demo-key", "demos"], ["--model", str(tmp_path)]):
+    for more in (["--column", "prompt"], ["--demo-key", "demos"], ["--model", str(tmp_path)], ["--column", ""]):
         assert main([*given, *more]) == 2
+    text = write(tmp_path / "text.parquet", [{"prompt": "Q1", "target": "a"}])
+    assert main(["likelihood", text, *given[2:]]) == 2
+    assert len(list(out.parent.iterdir())) == 1, "nothing provisional stays"
 
 
 def test_mean_log_likelihood_is_the_models(tmp_path, tokenizers):
@@ -337,3 +340,25 @@ def test_messages_written_as_json_text_are_harm(tmp_path):
     file = write(tmp_path / "a.parquet", [verl_row("a?", json.dumps(say("#### 1")), "1")])
     status, found, _ = checked(tmp_path, file)
     assert status == 1 and found["json text"]["count"] == 1
+
+
+@pytest.mark.parametrize("suffix", ["", " Put it in a box."])
+@pytest.mark.parametrize("asked", [3, 10])
+def test_a_leak_is_found_whatever_the_prompts_of_either_file_share(tmp_path, suffix, asked):
+    questions = [f"What is {i} plus {i}?{suffix}" for i in range(20)] + [
+        f"Compute {i} times {i}.{suffix}" for i in range(20)
+    ]
+    train = write(tmp_path / "train.parquet", [verl_row(q, say("#### 1"), "1") for q in questions])
+    val = write(tmp_path / "val.parquet", [verl_row(q, None, "1") for q in questions[:asked]])
+    status, found, _ = checked(tmp_path, train, "--val", val)
+    assert status == 1 and found["leak"]["count"] == asked
+
+
+def test_a_models_limit_is_a_note_and_no_end(tmp_path):
+    random_model(tmp_path / "model")
+    tiny("qwen3").save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text()) | {"max_position_embeddings": 40}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    file = write(tmp_path / "a.parquet", rows(3))
+    status, _, result = checked(tmp_path, file, "--model", str(tmp_path / "model"))
+    assert status == 0 and any("longer than the 40 tokens" in note for note in result["notes"])

@@ -24,10 +24,11 @@ from verl_hpt.data_questions import Questions, form_problem
 from verl_hpt.data_read import BadRow, count_rows, file_kind, read_rows
 from verl_hpt.data_render import Renderer, difference
 from verl_hpt.data_result import Finding, Result
-from verl_hpt.data_rows import Layout, Options, detect, to_verl
+from verl_hpt.data_rows import CHAT_KEYS, DEMO_KEYS, PROMPT_KEYS, Layout, Options, detect, opened, to_verl
 from verl_hpt.demo_columns import Demo, DemoColumns, check_values, row_demos
 
 _BATCH = 256  # rows graded and tokenised together
+_AS_TEXT = {*CHAT_KEYS, *PROMPT_KEYS, *DEMO_KEYS, "reward_model"}  # fields that convert reads where they hold JSON text
 _EXAMPLES = 5  # shown of each finding; the JSON has up to a hundred
 
 
@@ -96,8 +97,16 @@ def check(args: argparse.Namespace) -> Result:
     if args.model:
         from verl_hpt.data_likelihood import Likelihood
 
-        ask = Likelihood(args.model)
-        result.log_likelihoods = [ask(prompt, demo) for prompt, demo in likely]
+        ask, beyond = Likelihood(args.model), 0
+        for prompt, demo in likely:
+            try:
+                result.log_likelihoods.append(ask(prompt, demo))
+            except D.Unusable:
+                beyond += 1
+        if beyond:
+            result.notes.append(
+                f"{beyond} demonstrations are longer than the {ask.positions} tokens that --model reads"
+            )
     result.questions = len(questions.known)
     _judge(result, args)
     return result
@@ -125,7 +134,9 @@ def _verl_rows(args: argparse.Namespace, result: Result, columns: DemoColumns) -
             if missing:
                 there = ", ".join(f"`{k}`" for k in row)
                 raise BadRow(args.file, number, missing[0], f"no such column; the file has {there}")
-            direct = isinstance(D.plain(row.get(prompt_key)), list) and ("reward_model" in row or "data_source" in row)
+            asked = D.plain(row.get(prompt_key))  # a null is the row's own trouble
+            direct = isinstance(asked, list | None) and ("reward_model" in row or "data_source" in row)
+            direct = direct and prompt_key in row
             if not direct:
                 layout = detect(args.file, row, args.prompt_key, args.demo_key, args.answer_key)
                 note = f"not in verl's form yet (read as `{layout.format}`): `verl-hpt data convert` first"
@@ -142,7 +153,7 @@ def _verl_rows(args: argparse.Namespace, result: Result, columns: DemoColumns) -
         result.rows += 1
         try:
             if layout is not None:
-                new = to_verl(args.file, number, row, layout, Options())
+                new = to_verl(args.file, number, opened(row, _AS_TEXT)[0], layout, Options())
                 new.update({name: row[name] for name in extra if name in row})
                 yield number, new
             else:

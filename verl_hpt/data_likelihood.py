@@ -9,6 +9,7 @@ from pathlib import Path
 
 from verl_hpt import demos as D
 from verl_hpt.data_options import json_option
+from verl_hpt.data_read import BadRow
 from verl_hpt.data_render import Renderer
 from verl_hpt.errors import UserError
 
@@ -82,8 +83,8 @@ def run_likelihood(args: argparse.Namespace) -> int:
     import pyarrow.parquet as pq
     from tqdm import tqdm
 
-    if os.path.realpath(args.file) == os.path.realpath(args.out):
-        raise UserError("IN and OUT must be different files")
+    if os.path.realpath(args.file) in {os.path.realpath(args.out), os.path.realpath(f"{args.out}.part")}:
+        raise UserError("IN and OUT must be different files, and IN not OUT.part")
     if not args.out.endswith(".parquet"):
         raise UserError(f"{args.out}: verl reads parquet by its name; call the output something.parquet")
     kwargs = json_option("--template-kwargs", args.template_kwargs)
@@ -98,6 +99,10 @@ def run_likelihood(args: argparse.Namespace) -> int:
     for option, column in (("--prompt-key", args.prompt_key), ("--demo-key", args.demo_key)):
         if column not in names:
             raise UserError(f"{args.file}: no column `{column}` ({option}); it has {', '.join(names)}")
+    if not args.column:
+        raise UserError("--column must have a name")
+    if args.max_response_length is not None and args.max_response_length < 1:
+        raise UserError(f"--max-response-length must be 1 or more, got {args.max_response_length}")
     if args.column in names:
         raise UserError(f"{args.file}: has a column `{args.column}` already; name another: --column")
     option = "--tokenizer" if args.tokenizer else "--model"
@@ -105,28 +110,29 @@ def run_likelihood(args: argparse.Namespace) -> int:
         args.tokenizer or args.model, option=option, eos=args.eos, max_length=args.max_response_length, kwargs=kwargs
     )
     schema = source.schema_arrow.append(pa.field(args.column, pa.list_(pa.float64())))
-    part = f"{args.out}.part"
+    part, counts, first = f"{args.out}.part", Counter(), 1
+    if os.path.isdir(args.out):
+        raise UserError(f"{args.out}: is a folder; name a file")
     try:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(part).touch()
+        out = pq.ParquetWriter(part, schema, compression="zstd", write_page_checksum=True)
     except OSError as error:
         raise UserError(f"{args.out}: cannot be written: {error}") from None
-    ask, counts = Likelihood(args.model, args.device), Counter()
     try:
-        with (
-            pq.ParquetWriter(part, schema, compression="zstd", write_page_checksum=True) as out,
-            tqdm(total=source.metadata.num_rows, desc="log-likelihood", unit=" rows", disable=None) as bar,
-        ):
+        ask = Likelihood(args.model, args.device)
+        with out, tqdm(total=source.metadata.num_rows, desc="log-likelihood", unit=" rows", disable=None) as bar:
             for group in range(source.num_row_groups):
-                table, column = source.read_row_group(group), []
-                for prompt, cell in zip(table[args.prompt_key], table[args.demo_key], strict=True):
-                    column.append(_of_row(D.plain(prompt), cell, render, ask, counts))
+                table, column = _read(source, group, args.file, first), []
+                for row, (prompt, cell) in enumerate(
+                    zip(table[args.prompt_key], table[args.demo_key], strict=True), first
+                ):
+                    column.append(_of_row(args, row, prompt, cell, render, ask, counts))
                     bar.update()
-                new = schema.field(args.column)
+                new, first = schema.field(args.column), first + len(table)
                 out.write_table(table.append_column(new, pa.array(column, new.type)))
         os.replace(part, args.out)
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{args.out}: {str(error).splitlines()[0][:200]}") from None
+        raise UserError(f"{args.out}: cannot be written: {str(error).splitlines()[0][:200]}") from None
     finally:
         Path(part).unlink(missing_ok=True)
     print(f"{args.out}: {counts['known']} demonstrations in column `{args.column}`")
@@ -136,10 +142,26 @@ def run_likelihood(args: argparse.Namespace) -> int:
     return 0
 
 
-def _of_row(prompt, cell, render: Renderer, ask: Likelihood, counts: Counter) -> list[float | None]:
+def _read(source, group: int, file: str, first: int):
+    import pyarrow as pa
+
+    try:
+        return source.read_row_group(group)
+    except (OSError, pa.ArrowException) as error:
+        raise BadRow(file, first, "(row)", f"cannot be read, damaged here or after: {str(error)[:200]}") from None
+
+
+def _of_row(args, row: int, prompt, cell, render: Renderer, ask: Likelihood, counts: Counter) -> list[float | None]:
     """One number for each demonstration of a row."""
     numbers = []
-    for demo in D.demonstrations(cell):
+    try:
+        prompt, raw = D.plain(prompt), D.demonstrations(cell)
+    except UnicodeDecodeError as error:
+        raise BadRow(args.file, row, args.demo_key, f"is not UTF-8: {error.reason}") from None
+    if not isinstance(prompt, list) or not prompt or not all(isinstance(message, dict) for message in prompt):
+        problem = f"must be chat messages, got {str(prompt)[:80]!r}: `verl-hpt data convert` first"
+        raise BadRow(args.file, row, args.prompt_key, problem)
+    for demo in raw:
         try:
             ids = render.tokenizer.encode(render.prompt(prompt), add_special_tokens=False)
             encoded = D.encode(

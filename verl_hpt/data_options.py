@@ -60,6 +60,8 @@ def check_options(args: argparse.Namespace) -> None:
     for option, path in (("--json", args.json), ("--report", args.report)):
         if path in (None, "-"):
             continue
+        if os.path.isdir(path):
+            raise UserError(f"{option} {path}: is a folder; name a file")
         if os.path.realpath(path) in inputs:
             raise UserError(f"{option} {path} would overwrite the data: name another file")
         try:

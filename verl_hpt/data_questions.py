@@ -6,7 +6,7 @@ from typing import Any
 from verl_hpt import demos as D
 from verl_hpt.data_read import BadRow, read_rows
 from verl_hpt.data_result import Result
-from verl_hpt.data_rows import Layout, detect, question_text
+from verl_hpt.data_rows import Layout, detect, opened, question_text
 
 
 def form_problem(row: dict, prompt_key: str) -> tuple[str, str] | None:
@@ -58,7 +58,8 @@ class Questions:
     """
 
     def __init__(self) -> None:
-        self.known: dict[int, tuple[int, str]] = {}  # hash of the text → (row, expected answer)
+        self.known: dict[int, tuple[int, str]] = {}  # hash of the text without its frame → (row, expected answer)
+        self.whole: dict[int, int] = {}  # hash of the whole text → row
         self.frame: tuple[str, str] | None = None
 
     def check(self, result: Result, batch: list[tuple[int, dict]]) -> None:
@@ -69,6 +70,7 @@ class Questions:
         for (number, row), text in zip(batch, texts, strict=True):
             key = D.stable_hash(unframed(text, self.frame))
             truth = str(D.plain(row["reward_model"].get("ground_truth"))).strip()
+            self.whole.setdefault(D.stable_hash(text), number)
             first, expected = self.known.setdefault(key, (number, truth))
             if first == number:
                 continue
@@ -91,7 +93,7 @@ class Questions:
                 layout = Layout("luffy", prompt_key, None, None) if chat else detect(path, row)
             texts = []
             for number, row in batch:
-                prompt = D.plain(row.get(layout.prompt))
+                prompt = D.plain(opened(row, {layout.prompt})[0].get(layout.prompt))
                 if not isinstance(prompt, str | list) or not prompt:
                     raise BadRow(path, number, str(layout.prompt), f"must hold a question, got {prompt!r}"[:200])
                 if layout.format == "messages":
@@ -101,10 +103,19 @@ class Questions:
                 texts.append(question_text(prompt))
             frame = frame or shared_frame(texts)
             for (number, _), text in zip(batch, texts, strict=True):
-                known = self.known.get(D.stable_hash(unframed(text, frame)))
-                if known is not None:
+                if (asked := self._row_of(text, frame)) is not None:
                     message = "rows of validation whose question is in this file"
-                    result.found("leak", message, known[0], "prompt", f"row {number} of {path} asks the same")
+                    result.found("leak", message, asked, "prompt", f"row {number} of {path} asks the same")
+
+    def _row_of(self, text: str, frame: tuple[str, str]) -> int | None:
+        """The row that asks the same, with or without what all prompts of either file begin and end with."""
+        for form in (text, unframed(text, frame), unframed(text, self.frame or ("", ""))):
+            number = D.stable_hash(form)
+            if number in self.whole:
+                return self.whole[number]
+            if number in self.known:
+                return self.known[number][0]
+        return None
 
 
 def asks(message: Any) -> bool:

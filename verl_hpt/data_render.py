@@ -56,16 +56,24 @@ class Renderer:
         path = Path(getattr(self.tokenizer, "name_or_path", "")) / "generation_config.json"
         if not path.is_file():
             return None
-        eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        try:
+            eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{path}: is not a JSON object: {error}") from None
         return set(eos) if isinstance(eos, list) else {eos} if eos is not None else None
 
     def prompt(self, messages: list[dict]) -> str:
         """The text that a rollout starts from; raises `Unusable` where the template refuses the messages."""
         try:
             kwargs = {**self.kwargs, "tokenize": False, "add_generation_prompt": True}
-            return self.tokenizer.apply_chat_template(messages, **kwargs)
+            text = self.tokenizer.apply_chat_template(messages, **kwargs)
         except Exception as error:  # templates raise whatever they like
             raise D.Unusable("template", f"{type(error).__name__}: {str(error)[:200]}") from None
+        for call in (call for message in messages for call in message.get("tool_calls") or []):
+            name = (call.get("function") or call).get("name") if isinstance(call, dict) else None
+            if isinstance(name, str) and name not in text:
+                raise D.Unusable("template", f"it leaves out the call of tool {name!r}")
+        return text
 
     def tokens(self, texts: list[str]) -> list[list[int]]:
         """Token ids of many texts, as `tokenizer.encode(text, add_special_tokens=False)` gives them one by one."""
