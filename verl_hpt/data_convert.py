@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from verl_hpt.data_keep import parse_keep
+from verl_hpt.data_keep import OURS, STANDARD, parse_keep
 from verl_hpt.data_read import BadRow, count_rows, read_rows
 from verl_hpt.data_rows import (
     CHAT_KEYS,
@@ -31,10 +31,22 @@ from verl_hpt.data_rows import (
     used_fields,
 )
 from verl_hpt.data_write import Writer, schema_of
+from verl_hpt.demos import plain
 from verl_hpt.errors import UserError
 
 _PEEK = 500  # rows looked at before the columns' types are settled
 _NAMES = 1000  # names of fields, and kinds of bad rows, that are told apart
+_OWN = object()  # key, in a converted row, of the extra_info that it had: no column can be called so
+_REMEDIES = {  # for fields that --keep does not take, None where nothing does
+    "prompt": "--prompt-key prompt",
+    "target": "--demo-key target",
+    "ability": "--ability",
+    "data_source": "--data-source",
+    "reward_model.ground_truth": "--answer-key reward_model.ground_truth",
+    "extra_info.index": "--keep extra_info",
+    "extra_info.split": "--keep extra_info",
+    **dict.fromkeys(("extra_info", "extra_info.file", "extra_info.row", "reward_model", "reward_model.style")),
+}
 
 
 def add_convert(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +57,7 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--demo-key", help="field of the demonstrations (text, messages, or a list of either)")
     parser.add_argument("--answer-key", help="field of the expected answer, `a.b` for a nested one")
     parser.add_argument("--data-source", help="data_source of all rows; it chooses the grader")
-    parser.add_argument("--ability", default="math")
+    parser.add_argument("--ability", help="ability of all rows; default: the row's own, else math")
     parser.add_argument("--system", help="system message to put before every prompt, in place of one that is there")
     parser.add_argument("--drop-system", action="store_true", help="drop the prompts' system messages")
     parser.add_argument("--suffix", default="", help="text to put after every question")
@@ -106,13 +118,12 @@ class _Told:
             for example in self.examples:
                 print(f"  for example {example}")
 
-    def carried(self) -> None:
+    def carried(self, keep: dict) -> None:
         """Print which fields of the inputs are not in the output, and warn of files without demonstrations."""
         fields = [name for name in self.lost if "[]." not in name]
         if fields:
-            as_nested = next((name for name in fields if name.startswith(("extra_info.", "reward_model."))), None)
-            nested = f", nested ones as --keep {as_nested}" if as_nested else ""
-            print(f"not carried over: {_listed(fields)}; to carry one over: --keep NAME{nested}")
+            remedies = ", ".join(self._remedies(fields, keep))
+            print(f"not carried over: {_listed(fields)}" + (f"; to carry one over: {remedies}" if remedies else ""))
         fields = [name for name in self.lost if "[]." in name]
         if fields:
             print(f"not carried over, of messages: {_listed(fields)}")
@@ -120,6 +131,25 @@ class _Told:
             if file.fields and not file.demonstrations:
                 problem = f"no demonstration was found; its fields are {_listed(list(file.fields))}"
                 print(f"warning: {file.source}: {problem}: --demo-key names theirs", file=sys.stderr)
+
+    def _remedies(self, names: list[str], keep: dict) -> list[str]:
+        """What would carry these fields over."""
+        columns = {name for file in self.files for name in file.fields}
+        found: dict[str | None, None] = {}
+        nested = None
+        for name in names:
+            parent, _, key = name.partition(".")
+            if name in _REMEDIES:
+                found[None if "extra_info" in keep and parent == "extra_info" else _REMEDIES[name]] = None
+            elif not key or name in columns:
+                found = {"--keep NAME": None, **found}
+            elif parent in OURS:
+                nested = nested or f"nested ones as --keep {name}"
+            else:
+                found[f"--keep {parent}"] = None
+        if nested:
+            found[nested] = None
+        return [remedy for remedy in found if remedy]
 
 
 def _listed(names: list[str]) -> str:
@@ -133,10 +163,13 @@ def run_convert(args: argparse.Namespace) -> int:
         raise UserError(f"--val-share must lie between 0 and 1, got {args.val_share:g}")
     if args.peek < 1:
         raise UserError(f"--peek must be 1 or more, got {args.peek}")
-    if len({os.path.realpath(p) for p in (*args.inputs, args.out, *([args.val] if args.val else []))}) != len(
-        args.inputs
-    ) + 1 + bool(args.val):
-        raise UserError("inputs, OUT and --val must be different files")
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit must be 1 or more, got {args.limit}")
+    outputs = [name for path in (args.out, args.val) if path for name in (path, f"{path}.part")]
+    if len({os.path.realpath(p) for p in (*args.inputs, *outputs)}) != len(args.inputs) + len(outputs):
+        raise UserError("inputs, OUT and --val must be different files, and none an output's name with .part after it")
+    if hasattr(sys.stdout, "reconfigure"):  # names of fields may hold what the terminal has no letter for
+        sys.stdout.reconfigure(errors="backslashreplace")
     keep = parse_keep(args.keep)
     options = Options(
         args.data_source, args.system, args.drop_system, args.suffix, args.strip_calculator, args.ability, keep
@@ -148,11 +181,11 @@ def run_convert(args: argparse.Namespace) -> int:
     counts, sources = _write(args, rows, keep, told)
     told.skipped()
     if not counts["rows"]:
-        raise UserError("no row was written: all are bad" if told.bad else "no rows to write (--limit 0?)")
+        raise UserError("no row was written: all are bad" if told.bad else "no rows to write")
     print(f"{args.out}: {counts['train']} rows" + (f"; {args.val}: {counts['val']} rows" if args.val else ""))
     print(f"{counts['demonstrations']} demonstrations; {counts['without']} questions without one")
     print("data_source: " + ", ".join(f"{name} {n}" for name, n in sources.most_common(20)))
-    told.carried()
+    told.carried(keep)
     if args.val and not counts["val"]:
         print(f"warning: no question fell to validation; raise --val-share ({args.val_share:g})", file=sys.stderr)
     if args.val and not counts["train"]:
@@ -169,11 +202,12 @@ def _write(args: argparse.Namespace, rows: Iterator[dict], keep: dict, told: _To
         return counts, sources
     looked = len(peeked)
     schema = schema_of(peeked, args.several, keep, told.skip)
-    writers = {"train": Writer(args.out, schema, keep, args.skip_bad)}
+    writers = {"train": Writer(args.out, schema, keep, args.skip_bad, looked)}
     try:
         if args.val:
-            writers["val"] = Writer(args.val, schema, keep, args.skip_bad)
+            writers["val"] = Writer(args.val, schema, keep, args.skip_bad, looked)
         for seen, row in enumerate(itertools.chain(peeked, rows), start=looked - len(peeked)):
+            own = row.pop(_OWN)
             here = "val" if args.val and in_validation(row["prompt"], args.val_share, args.seed) else "train"
             if row["extra_info"]["split"] is None:
                 row["extra_info"]["split"] = here
@@ -182,6 +216,7 @@ def _write(args: argparse.Namespace, rows: Iterator[dict], keep: dict, told: _To
             except BadRow as bad:
                 told.skip(bad)
                 continue
+            told.lost.update({f"extra_info.{k}": None for k, v in own.items() if row["extra_info"][k] != v})
             counts["rows"] += 1
             counts[here] += 1
             counts["demonstrations"] += sum(d is not None for d in row["target"])
@@ -224,7 +259,18 @@ def _converted(args: argparse.Namespace, options: Options, told: _Told) -> Itera
             if len(told.lost) < _NAMES:
                 told.lost.update(dict.fromkeys(not_carried(row, made, layout, options, used)))
             file.demonstrations += sum(d is not None for d in made["target"])
-            yield made
+            yield {**made, _OWN: _own(row)}
+
+
+def _own(row: dict) -> dict:
+    """What a row has under the names in extra_info that are ours; not which file a converted row came from."""
+    info = plain(row.get("extra_info"))
+    if not isinstance(info, dict):
+        return {}
+    names = OURS["extra_info"]
+    if tuple(info)[: len(names)] == names and {*STANDARD} <= row.keys():
+        names = ("index", "split")
+    return {name: info[name] for name in names if name in info}
 
 
 def _layout(args: argparse.Namespace, source: str, number: int, row: dict) -> Layout:
@@ -277,7 +323,7 @@ def run_eval_set(args: argparse.Namespace) -> int:
         name = Path(source).name.split(".")[0]
         default = _LETTER if "gpqa" in name.lower() else _BOXED
         suffix = default if args.suffix is None else args.suffix
-        options = Options(data_source=name, system=args.system, suffix=suffix, ability="math")
+        options = Options(data_source=name, system=args.system, suffix=suffix)
         layout, rows = None, []
         for number, row in read_rows(source):
             row = {k: v for k, v in row.items() if k != "data_source"}

@@ -54,8 +54,11 @@ def _type(text: str):
         return None
 
 
-def carried(file: str, number: int, row: dict, keep: dict[str, Any]) -> tuple[dict, dict, dict]:
-    """What a row has under the kept names: further columns, keys of extra_info, keys of reward_model."""
+def carried(file: str, number: int, row: dict, keep: dict[str, Any], seen: set[str]) -> tuple[dict, dict, dict]:
+    """What a row has under the kept names: further columns, keys of extra_info, keys of reward_model.
+
+    A column that is not there is an error (a misspelt name), unless it was `seen` in an earlier row: then it is null.
+    """
     columns: dict = {}
     inner: dict[str, dict] = {"extra_info": {}, "reward_model": {}}
     for name, kind in keep.items():
@@ -69,6 +72,9 @@ def carried(file: str, number: int, row: dict, keep: dict[str, Any]) -> tuple[di
                 inner[parent][key] = _cast(value, kind)
         elif name in row:
             columns[name] = _cast(plain(row[name]), kind)
+            seen.add(name)
+        elif name in seen:
+            columns[name] = None
         else:
             tail = name.rpartition(":")[2]
             hint = f"; `{tail}` is no type known here ({_TYPES})" if ":" in name else ""
@@ -176,13 +182,21 @@ def _fitting(kind) -> frozenset | None:
         (kinds.is_null, ()),
         (kinds.is_boolean, (bool,)),
         (kinds.is_integer, (int,)),
-        (kinds.is_floating, (int, float)),
+        (kinds.is_float64, (int, float)),
         (kinds.is_string, (str,)),
         (kinds.is_binary, (bytes,)),
     ):
         if test(kind):
             return frozenset(fits) | {type(None)}
     return None
+
+
+@lru_cache(maxsize=256)
+def _largest(kind) -> float | None:
+    """From where on a finite number becomes infinite in a type narrower than Python's floats."""
+    import pyarrow as pa
+
+    return 65520.0 if pa.types.is_float16(kind) else 3.4028235677973366e38 if pa.types.is_float32(kind) else None
 
 
 def misfit(value: Any, kind, path: str) -> tuple[str, Any, Any] | None:
@@ -207,6 +221,10 @@ def misfit(value: Any, kind, path: str) -> tuple[str, Any, Any] | None:
         if late is not None:
             return f"{path}.{late}", value[late], None
         return next(filter(None, (misfit(v, names[k], f"{path}.{k}") for k, v in value.items())), None)
+    largest = _largest(kind)
+    if largest is not None:  # rounding is no harm, but what is larger becomes infinite
+        fine = type(value) in (int, float) and not largest <= abs(value) < float("inf")
+        return None if fine else (path, value, kind)
     fits = _fitting(kind)
     if fits is None:
         try:
@@ -218,8 +236,11 @@ def misfit(value: Any, kind, path: str) -> tuple[str, Any, Any] | None:
     return None if type(value) in fits or whole else (path, value, kind)
 
 
-def misfit_problem(bad: tuple[str, Any, Any], field, named: dict[str, Any], seen: int) -> str:
-    """What is wrong in a field of the schema, and how to go on; `seen` is the number of rows before this one."""
+def misfit_problem(bad: tuple[str, Any, Any], field, named: dict[str, Any], seen: int, peeked: int = 0) -> str:
+    """What is wrong in a field of the schema, and how to go on; `seen` is the number of rows before this one.
+
+    The first `peeked` rows settled the type: looking at more rows helps none of them.
+    """
     import pyarrow as pa
 
     path, value, kind = bad
@@ -230,7 +251,9 @@ def misfit_problem(bad: tuple[str, Any, Any], field, named: dict[str, Any], seen
     remedy = f"--keep {name}:{_wider(value, kind, column)}"
     if named.get(name) is not None:
         return f"must be {_name(kind)} as --keep says, got {value!r:.80}: name a wider type, as {remedy}"
-    remedy = f"convert again with --peek {seen + 1}, or name the type: {remedy}"
+    remedy = f"name the type: {remedy}"
+    if seen >= peeked:
+        remedy = f"convert again with --peek {seen + 1}, or {remedy}"
     if kind is None or pa.types.is_null(kind):
         return f"appears first here, after {seen} rows without it: {remedy}"
     return f"must be {_name(kind)}, as in the rows that settled its type, got {value!r:.80}: {remedy}"
@@ -248,6 +271,10 @@ def _wider(value: Any, kind, column) -> str:
             text = ""
     elif isinstance(value, float) and kind is not None and pa.types.is_integer(kind):
         text = re.sub(r"u?int[0-9]+", "double", text)
+    elif kind is not None and _largest(kind) and type(value) in (int, float):
+        text = re.sub(r"\b(half)?float\b", "double", text)
+    elif isinstance(value, bytes) and kind is not None and pa.types.is_string(kind):
+        text = text.replace("string", "binary")
     else:
         text = ""
     return "string (as JSON text)" if not text or "struct" in text or "null" in text else text

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ MAX_ROW_BYTES = 64 * 2**20  # one row of text; anything larger is damage, not da
 _BATCH_BYTES = 8 * 2**20
 _SUFFIXES = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".ndjson")
 _WRAPPED = re.compile(rb'"((?!messages|conversations|prompt|target)[^"\\]{1,60})"\s*:\s*\[\s*\{')
+_UNREADABLE = (OSError, EOFError, zlib.error)
 _HUB_NAME = re.compile(r"^\w[\w.-]*/[\w.-]+(?:@[\w.-]+)?(?::[\w\[\]:%+.-]+)?$")
 
 
@@ -79,8 +81,9 @@ def file_kind(source: str) -> str:
         if head[:2] == b"\x1f\x8b":
             with gzip.open(source, "rb") as file:
                 head = file.read(4096)
-    except (OSError, EOFError) as error:
+    except _UNREADABLE as error:
         raise BadRow(source, 0, "(file)", f"cannot be read: {error}") from None
+    head = head.removeprefix(b"\xef\xbb\xbf")
     if head[:4] == b"PAR1":
         return "parquet"
     if source.lower().endswith(".parquet"):
@@ -154,7 +157,7 @@ def _jsonl_rows(source: str, bad_row: Callable[[BadRow], None]) -> Iterator[tupl
         while True:
             try:
                 line = file.readline(MAX_ROW_BYTES + 1)
-            except (OSError, EOFError) as error:
+            except _UNREADABLE as error:
                 raise BadRow(source, number + 1, "(line)", f"cannot be read: {_first_line(error)}") from None
             if not line:
                 return
@@ -199,8 +202,11 @@ def _parsed(source: str, number: int, line: bytes, ended: bool = True) -> dict:
 
 def _wrapped_hint(source: str) -> str:
     """What to say of a file whose first line is no row: an object around the list of rows is common."""
-    with _open_binary(source) as file:
-        match = _WRAPPED.search(file.read(4096))
+    try:
+        with _open_binary(source) as file:
+            match = _WRAPPED.search(file.read(4096))
+    except _UNREADABLE:
+        return ""
     return unwrap_hint(source, match.group(1).decode("utf-8", "replace")) if match else ""
 
 
@@ -228,7 +234,7 @@ def _json_rows(source: str, bad_row: Callable[[BadRow], None]) -> Iterator[tuple
             except UnicodeDecodeError as error:
                 problem = f"not UTF-8 ({error.reason}); convert the file to UTF-8"
                 raise BadRow(source, number + 1, "(row)", problem) from None
-            except (OSError, EOFError) as error:
+            except _UNREADABLE as error:
                 raise BadRow(source, number + 1, "(row)", f"cannot be read: {_first_line(error)}") from None
 
         buffer, at, comma = more(), 0, False

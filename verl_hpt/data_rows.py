@@ -6,9 +6,11 @@ names the field.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from typing import Any
 
 from verl_hpt.data_keep import OURS, carried
@@ -52,8 +54,9 @@ class Options:
     drop_system: bool = False
     suffix: str = ""
     strip_calculator: bool = False
-    ability: str = "math"
+    ability: str | None = None
     keep: dict[str, Any] | None = None  # name → Arrow type, see `data_keep.parse_keep`
+    seen: set[str] = dataclass_field(default_factory=set)  # names to keep that a row had
 
 
 def field(row: dict, path: str | None) -> Any:
@@ -74,7 +77,8 @@ def detect(
             raise BadRow(file, 1, key, f"no such field ({option}); the row has {_names(row)}{_wrapped(file, row)}")
     chat = next((k for k in (_present(row, key) for key in CHAT_KEYS) if isinstance(row.get(k), list)), None)
     if prompt is None and chat is not None and _present(row, "prompt") is None:
-        return Layout("messages", chat, demo, truth or _first(row, TRUTH_KEYS), system=_present(row, "system"))
+        system = _present(row, "system") or "system"  # the first row may lack it
+        return Layout("messages", chat, demo, truth or _first(row, TRUTH_KEYS), system=system)
     prompt = prompt or _first(row, PROMPT_KEYS)
     if prompt is None:
         known = ", ".join((*PROMPT_KEYS, *CHAT_KEYS))
@@ -127,6 +131,8 @@ def to_verl(
 ) -> dict[str, Any]:
     """The row in verl's form; `extra_info.index`, and a split of None, are left to who writes it. Raises `BadRow`."""
     prompt, demos = _prompt_and_demos(file, number, row, layout)
+    if not any(m["content"].strip() for m in prompt if m["role"] != "system"):
+        raise BadRow(file, number, layout.prompt, "asks nothing: no text but the system's")
     if options.drop_system or options.system is not None:
         prompt = [m for m in prompt if m["role"] != "system"]
     if options.system is not None:
@@ -140,13 +146,17 @@ def to_verl(
     fallback = (
         "openai/gsm8k" if layout.format == "gsm8k" else re.sub(r"\..*$", "", file.replace("\\", "/").split("/")[-1])
     )
-    source = options.data_source or plain(row.get("data_source")) or fallback
-    ability = row.get("ability") if isinstance(row.get("ability"), str) else options.ability
-    kept, info, reward_model = carried(file, number, row, options.keep or {})
+    source = options.data_source or plain(row.get("data_source"))
+    if source is not None and (isinstance(source, bool) or not isinstance(source, str | int)):
+        raise BadRow(file, number, "data_source", f"must be text, got {type(source).__name__}")
+    ability = options.ability
+    if ability is None:
+        ability = row["ability"] if isinstance(row.get("ability"), str) else "math"
+    kept, info, reward_model = carried(file, number, row, options.keep or {}, options.seen)
     style = field(row, "reward_model.style")
     ours = {"index": None, "split": split, "file": file.replace("\\", "/").split("/")[-1], "row": number}
     return {
-        "data_source": str(source),
+        "data_source": str(source or fallback),
         "prompt": prompt,
         "ability": ability,
         "reward_model": {
@@ -173,6 +183,7 @@ def _prompt_and_demos(file: str, number: int, row: dict, layout: Layout) -> tupl
             messages, asked = [{"role": "system", "content": system}, *messages], asked + 1
         demo = messages[asked + 1 :]
         own = demonstrations(field(row, layout.demo)) if layout.demo else []
+        own = [_demo(file, number, layout.demo, d) for d in own]
         return messages[: asked + 1], own or ([demo] if demo else [])
     if isinstance(value, str):
         if not value.strip():
@@ -218,6 +229,9 @@ def _messages(file: str, number: int, key: str, value: Any) -> list[dict]:
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or not role:
             raise BadRow(file, number, f"{key}[{i}].role", f"must be text, got {role!r}"[:200])
+        if not _are_calls(message.get("tool_calls")):
+            problem = "must be a list of calls, each with a function and its name"
+            raise BadRow(file, number, f"{key}[{i}].tool_calls", problem)
         if content is None and message.get("tool_calls"):
             content = ""
         if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
@@ -228,6 +242,13 @@ def _messages(file: str, number: int, key: str, value: Any) -> list[dict]:
         extras = {k: message[k] for k in ("name", "tool_calls", "tool_call_id", "reasoning_content") if k in message}
         messages.append({"role": role, "content": content, **extras})
     return messages
+
+
+def _are_calls(calls: Any) -> bool:
+    if not isinstance(calls, list):
+        return calls is None
+    functions = [c.get("function", c) if isinstance(c, dict) else None for c in calls]
+    return all(isinstance(f, dict) and isinstance(f.get("name"), str) for f in functions)
 
 
 def _demo(file: str, number: int, key: str, demo: Any) -> Any:
@@ -259,7 +280,8 @@ def _truth(file: str, number: int, row: dict, layout: Layout, demos: list) -> st
         value = plain(field(row, layout.truth))
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
-        if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value:
+        finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not isinstance(value, str) and not finite:
             shown = "missing or null" if value is None else f"{value!r}"[:80]
             problem = f"must be the expected answer as text or a number, got {shown}; {_NEEDED}"
             raise BadRow(file, number, layout.truth, problem)
@@ -283,24 +305,50 @@ def opened(row: dict, keys: set[str]) -> tuple[dict, list[str]]:
     """The row with chats (and a reward_model) that stand in it as JSON text parsed, and the names of those fields."""
     found = {}
     for name, value in row.items():
-        if isinstance(value, str) and value[:64].lstrip()[:1] in ("[", "{") and (name in keys or name.lower() in keys):
-            try:
-                parsed = json.loads(value)
-            except (ValueError, RecursionError):
-                continue
-            if "ground_truth" in parsed if name == "reward_model" and isinstance(parsed, dict) else _is_chat(parsed):
+        if not isinstance(value, str | list) or not (name in keys or name.lower() in keys):
+            continue
+        asks = name.lower() in (*PROMPT_KEYS, *CHAT_KEYS)
+        if isinstance(value, list):
+            inner = [_from_json(v, asks) for v in value]
+            if any(v is not None for v in inner):
+                inner = [old if new is None else new for old, new in zip(value, inner, strict=True)]
+                found[name] = [m for v in inner for m in (v if isinstance(v, list) else [v])] if asks else inner
+        elif name == "reward_model":
+            parsed = _loaded(value)
+            if isinstance(parsed, dict) and "ground_truth" in parsed:
+                found[name] = parsed
+        else:
+            parsed = _from_json(value, asks)
+            if parsed is not None:
                 found[name] = parsed
     return ({**row, **found}, list(found)) if found else (row, [])
 
 
-def _is_chat(value: Any) -> bool:
+def _loaded(text: Any) -> Any:
+    """What a text that may be JSON of a list or an object holds, else None."""
+    if not isinstance(text, str) or text[:64].lstrip()[:1] not in ("[", "{"):
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _from_json(text: Any, asks: bool) -> list | None:
+    """The chat, or the list of them, that a text holds as JSON, else None."""
+    value = _loaded(text)
+    value = [value] if isinstance(value, dict) else value
+    return value if _is_chat(value, asks) else None
+
+
+def _is_chat(value: Any, asks: bool) -> bool:
+    """Whether these are messages; in a question they need roles, where it could be JSON that is asked about."""
     if not isinstance(value, list) or not value:
         return False
     if all(isinstance(v, list) for v in value):  # several demonstrations
-        return all(map(_is_chat, value))
-    return all(
-        isinstance(m, dict) and ({"role", "content"} <= m.keys() or {"from", "value"} <= m.keys()) for m in value
-    )
+        return all(_is_chat(v, asks) for v in value)
+    wanted = ({"role", "content"}, {"from", "value"}, *(() if asks else ({"content"},)))
+    return all(isinstance(m, dict) and any(w <= m.keys() for w in wanted) for m in value)
 
 
 def used_fields(layout: Layout, keep: dict[str, Any]) -> set[str]:
@@ -327,12 +375,11 @@ def not_carried(row: dict, made: dict, layout: Layout, options: Options, used: s
                 if isinstance(message, dict) and not message.keys() <= _MESSAGE_KEYS:
                     lost = (k for k, v in message.items() if k not in _MESSAGE_KEYS and v is not None)
                     yield from (f"{name}[].{k}" for k in lost)
-            if name != "extra_info" or not isinstance(value, dict):
-                continue
-            value = {k: v for k, v in value.items() if k in ("index", "split") and made[name][k] != v}
-            yield from (f"{name}.{k}" for k, v in value.items() if v is not None)
         elif name in partly and isinstance(value, dict):
             yield from (f"{name}.{k}" for k, v in value.items() if v is not None and f"{name}.{k}" not in used)
+            style = value.get("style") if name == "reward_model" else None
+            if style is not None and style != made[name]["style"]:
+                yield "reward_model.style"
         else:
             yield name
 

@@ -1,5 +1,6 @@
 """Rows in verl's form to parquet: the schema by the first rows, and a writer that lets nothing vanish or change."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -56,15 +57,16 @@ def _flat(target: list) -> Iterator[dict]:
 class Writer:
     """A parquet file written row group by row group under a provisional name.
 
-    `careful` tries every row by itself, so that a row that Arrow refuses can be left out before anything counts it.
+    `careful` tries every row by itself, so that a row that Arrow refuses can be left out before anything counts it;
+    `peeked` is the number of rows that settled the schema.
     """
 
-    def __init__(self, path: str, schema, keep: dict[str, Any] | None = None, careful: bool = False):
+    def __init__(self, path: str, schema, keep: dict[str, Any] | None = None, careful: bool = False, peeked: int = 0):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         self.path, self.part, self.schema = path, f"{path}.part", schema
-        self.keep, self.careful = keep or {}, careful
+        self.keep, self.careful, self.peeked = keep or {}, careful, peeked
         self.several = pa.types.is_list(schema.field("target").type.value_type)
         self.checked = [f for f in schema if f.name not in (*STANDARD, "extra_info")]
         for name, ours in OURS.items():  # a later row may bring the first key of its own
@@ -78,12 +80,25 @@ class Writer:
         self.size, self.count = 0, 0
         if not path.endswith(".parquet"):
             raise UserError(f"{path}: verl reads parquet by its name; call the output something.parquet")
+        if Path(path).is_dir():
+            raise UserError(f"{path}: cannot be written: it is a folder")
         try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self.file = pq.ParquetWriter(self.part, schema, compression="zstd", write_page_checksum=True)
+            with self._writing():
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                self.file = pq.ParquetWriter(self.part, schema, compression="zstd", write_page_checksum=True)
+        except UserError:
+            with contextlib.suppress(OSError):
+                Path(self.part).unlink(missing_ok=True)
+            raise
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        import pyarrow as pa
+
+        try:
+            yield
         except (OSError, pa.ArrowException) as error:
-            Path(self.part).unlink(missing_ok=True)
-            raise UserError(f"{path}: cannot be written: {error}") from None
+            raise UserError(f"{self.path}: cannot be written: {error}") from None
 
     def add(self, row: dict, seen: int) -> None:
         """Take a row, the `seen` + 1st of the conversion; raises `BadRow` where it would lose something."""
@@ -100,11 +115,11 @@ class Writer:
         row = {**row, "target": target if self.several else (target[0] if target else None)}
         for messages in (row["prompt"], *target):
             for message in messages or []:
-                self.size += len(message["content"])
                 if "tool_calls" in message:
                     message["tool_calls"] = [_call(c) for c in message["tool_calls"]]
         if self.careful:
             self._check_arrow([row])
+        self.size += _size(row)
         self.count += 1
         self.rows.append(row)
         if self.size >= _GROUP_BYTES or len(self.rows) >= 20_000:
@@ -123,11 +138,15 @@ class Writer:
             bad = misfit(row.get(field.name), field.type, field.name)
             if bad is not None:
                 info = row["extra_info"]
-                raise BadRow(info["file"], info["row"], bad[0], misfit_problem(bad, field, self.keep, seen))
+                raise BadRow(
+                    info["file"], info["row"], bad[0], misfit_problem(bad, field, self.keep, seen, self.peeked)
+                )
 
     def _flush(self) -> None:
         if self.rows:
-            self.file.write_table(self._check_arrow(self.rows))
+            table = self._check_arrow(self.rows)
+            with self._writing():
+                self.file.write_table(table)
         self.rows, self.size = [], 0
 
     def _check_arrow(self, rows: list[dict]):
@@ -156,13 +175,29 @@ class Writer:
     def close(self) -> None:
         """Write what is left and give the file its name."""
         self._flush()
-        self.file.close()
-        os.replace(self.part, self.path)
+        with self._writing():
+            self.file.close()
+            os.replace(self.part, self.path)
 
     def abandon(self) -> None:
         """Leave nothing behind."""
-        self.file.close()
-        Path(self.part).unlink(missing_ok=True)
+        with contextlib.suppress(UserError), self._writing():
+            self.file.close()
+        self.file.is_open = False  # else it tries once more when it is collected, and prints what it raises
+        with contextlib.suppress(OSError):
+            Path(self.part).unlink(missing_ok=True)
+
+
+def _size(value: Any) -> int:
+    """About the bytes of a value in Python."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, list):
+        return 0
+    deeper = value if {str, bytes, dict, list}.intersection(map(type, value)) else ()
+    return 32 * len(value) + sum(map(_size, deeper))
 
 
 def _innermost(kind):
@@ -179,7 +214,7 @@ def _call(call: Any) -> dict:
     function = function if isinstance(function, dict) else {}
     arguments = function.get("arguments")
     if not isinstance(arguments, str):
-        arguments = json.dumps(arguments if arguments is not None else {}, ensure_ascii=False)
+        arguments = json.dumps(arguments if arguments is not None else {}, ensure_ascii=False, default=str)
     outer = call if isinstance(call, dict) else {}
     return {
         "id": outer.get("id"),
