@@ -6,7 +6,6 @@ names the field.
 """
 
 import json
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -149,9 +148,7 @@ def to_verl(
     source = options.data_source or plain(row.get("data_source"))
     if source is not None and (isinstance(source, bool) or not isinstance(source, str | int)):
         raise BadRow(file, number, "data_source", f"must be text, got {type(source).__name__}")
-    ability = options.ability
-    if ability is None:
-        ability = row["ability"] if isinstance(row.get("ability"), str) else "math"
+    ability = options.ability or (row["ability"] if isinstance(row.get("ability"), str) else "math")
     kept, info, reward_model = carried(file, number, row, options.keep or {}, options.seen)
     style = field(row, "reward_model.style")
     ours = {"index": None, "split": split, "file": file.replace("\\", "/").split("/")[-1], "row": number}
@@ -280,8 +277,8 @@ def _truth(file: str, number: int, row: dict, layout: Layout, demos: list) -> st
         value = plain(field(row, layout.truth))
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
-        finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not isinstance(value, str) and not finite:
+        finite = not isinstance(value, float) or abs(value) < float("inf")
+        if isinstance(value, bool) or not isinstance(value, str | int | float) or not finite:
             shown = "missing or null" if value is None else f"{value!r}"[:80]
             problem = f"must be the expected answer as text or a number, got {shown}; {_NEEDED}"
             raise BadRow(file, number, layout.truth, problem)
@@ -308,19 +305,15 @@ def opened(row: dict, keys: set[str]) -> tuple[dict, list[str]]:
         if not isinstance(value, str | list) or not (name in keys or name.lower() in keys):
             continue
         asks = name.lower() in (*PROMPT_KEYS, *CHAT_KEYS)
-        if isinstance(value, list):
-            inner = [_from_json(v, asks) for v in value]
-            if any(v is not None for v in inner):
-                inner = [old if new is None else new for old, new in zip(value, inner, strict=True)]
-                found[name] = [m for v in inner for m in (v if isinstance(v, list) else [v])] if asks else inner
-        elif name == "reward_model":
-            parsed = _loaded(value)
-            if isinstance(parsed, dict) and "ground_truth" in parsed:
-                found[name] = parsed
-        else:
-            parsed = _from_json(value, asks)
-            if parsed is not None:
-                found[name] = parsed
+        new = _chat(value, asks)
+        if name == "reward_model":
+            new = _loaded(value)
+            new = new if isinstance(new, dict) and "ground_truth" in new else None
+        elif isinstance(value, list) and any(_chat(v, asks) for v in value):
+            new = [_chat(v, asks) or v for v in value]
+            new = [m for v in new for m in (v if isinstance(v, list) else [v])] if asks else new
+        if new is not None:
+            found[name] = new
     return ({**row, **found}, list(found)) if found else (row, [])
 
 
@@ -334,7 +327,7 @@ def _loaded(text: Any) -> Any:
         return None
 
 
-def _from_json(text: Any, asks: bool) -> list | None:
+def _chat(text: Any, asks: bool) -> list | None:
     """The chat, or the list of them, that a text holds as JSON, else None."""
     value = _loaded(text)
     value = [value] if isinstance(value, dict) else value
@@ -363,9 +356,8 @@ def not_carried(row: dict, made: dict, layout: Layout, options: Options, used: s
     for name, value in row.items():
         if value is None or (isinstance(value, str | list | dict) and not value):
             continue
-        if name == layout.system and (options.drop_system or options.system is not None):
-            continue
-        if name == layout.system and any(m["role"] == "system" and m["content"] == value for m in made["prompt"]):
+        unsaid = options.drop_system or options.system is not None
+        if name == layout.system and (unsaid or {"role": "system", "content": value} in made["prompt"]):
             continue
         if name == "ability" and isinstance(value, str):
             continue
@@ -377,8 +369,7 @@ def not_carried(row: dict, made: dict, layout: Layout, options: Options, used: s
                     yield from (f"{name}[].{k}" for k in lost)
         elif name in partly and isinstance(value, dict):
             yield from (f"{name}.{k}" for k, v in value.items() if v is not None and f"{name}.{k}" not in used)
-            style = value.get("style") if name == "reward_model" else None
-            if style is not None and style != made[name]["style"]:
+            if name == "reward_model" and (value.get("style") or "rule") != made[name]["style"]:
                 yield "reward_model.style"
         else:
             yield name
