@@ -58,7 +58,7 @@ def test_bad_settings_are_named_with_key_value_and_choices(node, message):
         ({"gate": {"soft": [[0, 0, 1], [1, 0, 0]]}}, r"hpt\.gate\.soft is set.*hpt_soft"),
         (
             {"method": "hpt_off_on", "gate": {"function": "linear"}},
-            r"weighs an S term, and method 'hpt_off_on' has none",
+            r"a term that method 'hpt_off_on' has not",
         ),
         ({"compose": {"demos": [{"kind": "R", "estimator": {}}]}}, r"no group to take centered over"),
         ({"gate": {"function": "mine"}}, r"hpt\.gate\.function='mine' is not registered"),

@@ -220,11 +220,14 @@ def resolve_method(settings: Settings) -> Method:
                     f"hpt.gate.{key}={name!r} is not registered; known: {', '.join(GATES)}. Name the module that "
                     "registers it in hpt.modules"
                 )
-        if gate.function in ("linear", "cosine") and method.term("S") is None:
-            raise UserError(
-                f"hpt.gate.function={gate.function!r} weighs an S term, and method {method.name!r} has none on its "
-                "demonstrations; choose hpt or hpt_soft"
-            )
+        if gate.function is not None:
+            first = GATES[gate.function](0, 1, gate.at(0))
+            terms = (method.term("R") if first.off else None, method.term("S") if first.sft else None)
+            if (first.off or first.sft) and not first.on and not any(terms):
+                raise UserError(
+                    f"hpt.gate.function={gate.function!r} gives an unsolved question a share of a term that method "
+                    f"{method.name!r} has not (off {first.off:g}: R, sft {first.sft:g}: S), and it would be dropped"
+                )
     if any(gate.soft is not None for gate in gates) and method.when != "soft":
         raise UserError(f"hpt.gate.soft is set, but method {method.name!r} does not read it; set hpt.method=hpt_soft")
     return method

@@ -214,7 +214,7 @@ def _check_batch(args, result, batch, columns, render, grade, threads, likely) -
             check_values(item.demo, columns)
             demo = D.plain(item.demo.content)
             item.text = D.single_text(demo)
-            if item.text is not None and looks_like_messages(item.text):
+            if item.text is not None and opened({demo_key: item.text}, {demo_key})[1]:
                 message = "chat messages written as JSON text: they would be trained on literally"
                 detail = "`verl-hpt data convert` reads them"
                 result.found("json text", message, item.row, _place(demo_key, item), detail)
@@ -249,12 +249,6 @@ def _check_batch(args, result, batch, columns, render, grade, threads, likely) -
             result.rendered.append(render.beside(item.row, item.prompt, item.encoded))
         if args.model and len(likely) < args.model_rows and item.encoded is not None:
             likely.append((render.tokenizer.encode(item.prompt, add_special_tokens=False), item.encoded))
-
-
-def looks_like_messages(text: str) -> bool:
-    """Whether a text is the JSON of chat messages."""
-    start = text.lstrip()[:200].replace(" ", "")
-    return start.startswith(('[{"role":', '{"role":', '[{"content":', '{"content":'))
 
 
 def _place(key: str, item: _Item) -> str:
