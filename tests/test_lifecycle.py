@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from test_questions import Letters
+from test_questions import Letters, scored
 
 from verl_hpt import config, mixing
 from verl_hpt.errors import UserError
@@ -50,7 +50,7 @@ class Trainer:
         rewards, counts = np.array(rewards, dtype=float), Counter()
         past = self.lifecycle.past(groups, self.step_number)
         questions, read, counts = questions_of(
-            groups, rewards, rewards, np.full(len(rewards), 10), self.reader, settings, self.step_number, past
+            groups, scored(rewards, length=10), self.reader, settings, self.step_number, past
         )
         made = plan(questions, settings)
         self.zones = {name: decision.zone for name, decision in zip(names, made.decisions, strict=True)}
@@ -58,7 +58,7 @@ class Trainer:
         for row in np.flatnonzero(made.kind == mixing.DEMO):
             shown[names[made.question[row]]].append(read[made.question[row]][made.index[row]][1]["place"])
         self.shown.append(shown)
-        return self.lifecycle.remember(self.step_number, groups, questions, read, made, [1.0] * len(names), counts)
+        return self.lifecycle.remember(self.step_number, groups, questions, read, made, counts)
 
 
 def number_text(name: str) -> str:

@@ -22,7 +22,7 @@ def test_shares_and_rates_of_a_step():
     batch = [question("a", [0, 0]), question("b", [1, 0]), question("c", [1, 1]), question("d", [0, 0], demos=0)]
     settings = PlanSettings(METHODS["hpt"], "question", 8.0, demo_coef=0.1, questions_per_step=4)
     counts = Counter({"unusable": 1, "unusable/empty": 1})
-    metrics = of_plan(plan(batch, settings), batch, [1.0] * 4, counts)
+    metrics = of_plan(plan(batch, settings), batch, settings, counts)
     assert metrics["hpt/demo_share"] == 0.25 and metrics["hpt/zone/rl"] == 0.75 and metrics["hpt/zone/demo"] == 0.25
     assert metrics["hpt/solve_rate"] == 3 / 8 and metrics["hpt/rl_solve_rate"] == 3 / 6
     assert metrics["hpt/unusable_demos"] == 1 == metrics["hpt/unusable/empty"]

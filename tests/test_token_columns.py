@@ -8,7 +8,7 @@ import pytest
 import torch
 from engine.batches import announce, contents, model_output, random_case, row_batch, whole
 from test_config import VERL
-from test_questions import Letters, group
+from test_questions import Letters, group, scored
 
 from verl_hpt import config, guard
 from verl_hpt.demo_columns import packed, unpacked
@@ -174,7 +174,7 @@ def test_the_loss_names_a_field_that_it_was_promised():
 def ask(groups, likelihoods=None, **demo):
     plan_settings = PlanSettings(METHODS["hpt"], "question", 8.0)
     zeros, reader = np.zeros(2), Reader(Letters(), 0, config.Demo(**demo), max_length=8)
-    return questions_of(groups, zeros, zeros, np.full(2, 4.0), reader, plan_settings, 1, None, likelihoods)
+    return questions_of(groups, scored(zeros), reader, plan_settings, 1, None, likelihoods)
 
 
 def test_columns_come_with_the_demonstration_and_weights_are_relative():

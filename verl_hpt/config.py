@@ -10,7 +10,7 @@ import importlib
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,18 +24,34 @@ from verl_hpt.parts import Constants
 
 @dataclass(frozen=True)
 class Schedule:
-    """A number that changes over steps: from start at step 0 to end at step ``steps``, then end."""
+    """A number that changes over steps: from start at step 0 to end at step ``steps``, then end.
+
+    shape "step" is start up to and with step ``steps`` and end after it. warmup: steps over which it first rises from 0
+    to start, in a line; ``steps`` counts after them.
+    """
 
     start: float
     end: float
     steps: int
-    shape: Literal["linear", "cosine"] = "linear"
+    shape: Literal["linear", "cosine", "step"] = "linear"
+    warmup: int = 0
 
     def at(self, step: int) -> float:
+        """The number at a step; verl's first is 1."""
+        if step < self.warmup:
+            return self.start * max(step, 0) / self.warmup
+        step -= self.warmup
+        if self.shape == "step":
+            return self.start if step <= self.steps else self.end
         done = min(max(step / self.steps, 0.0), 1.0) if self.steps > 0 else 1.0
         if self.shape == "cosine":
             done = (1 - math.cos(math.pi * done)) / 2
         return self.start + (self.end - self.start) * done
+
+
+def at(value: float | Schedule | None, step: int) -> float | None:
+    """The number that a setting is at a step."""
+    return value.at(step) if isinstance(value, Schedule) else value
 
 
 @dataclass(frozen=True)
@@ -43,26 +59,38 @@ class Gate:
     """When a question learns from its demonstration instead of its rollouts.
 
     threshold: γ, solved ≤ γ·n; count: the same as a number of rollouts; success: score from which a rollout counts as
-    solved; off: upper bound, a share, of the zone trained off-policy on the demonstration; soft: table of
-    (on, off, sft) by number solved, or a name: linear, cosine, or one of your own; function, and such names of your
-    own: registered with ``verl_hpt.gate.register_gate``.
+    solved; finished: a rollout that was cut at the length limit never counts as solved; metric: a key of the reward
+    function's extra info that is compared with success in place of the score; off: upper bound, a share, of the zone
+    trained off-policy on the demonstration; soft: table of (on, off, sft) by number solved, or a name: linear, cosine,
+    or one of your own; function, and such names of your own: registered with ``verl_hpt.gate.register_gate``.
     """
 
     threshold: float | Schedule = 0.0
     count: int | None = None
     success: float = 1.0
+    finished: bool = True
+    metric: str | None = None
     off: float | Schedule | None = None
     soft: list[list[float]] | str | None = None
     function: str | None = None
 
     def at(self, step: int) -> GateSettings:
         """The plain numbers of one step."""
-
-        def now(x):
-            return x.at(step) if isinstance(x, Schedule) else x
-
         soft = tuple(tuple(row) for row in self.soft) if isinstance(self.soft, list) else self.soft
-        return GateSettings(now(self.threshold), self.count, self.success, now(self.off), soft, self.function)
+        threshold, off = at(self.threshold, step), at(self.off, step)
+        return GateSettings(threshold, self.count, self.success, off, soft, self.function, self.finished)
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """What becomes of rollouts that were cut at the length limit.
+
+    truncated: "keep" them as they are; count them as "unsolved", in the gate and in Â; or "mask" them: Â is made with
+    them counted as unsolved, then they are dropped from the update (DAPO's overlong filtering, arXiv 2503.14476,
+    section 3.4, which drops them first: then Â is 0 where all that finished are right).
+    """
+
+    truncated: Literal["keep", "unsolved", "mask"] = "keep"
 
 
 @dataclass(frozen=True)
@@ -151,7 +179,7 @@ class Settings:
 
     method: str = "hpt"
     normalization: str | None = None
-    demo_coef: float = 0.1
+    demo_coef: float | Schedule = 0.1
     rl_length_scale: float | None = None
     question_key: str | None = None
     modules: list[str] = field(default_factory=list)
@@ -160,6 +188,7 @@ class Settings:
     gate: Gate = field(default_factory=Gate)
     per_source: dict[str, SourceSettings] = field(default_factory=dict)
     demo: Demo = field(default_factory=Demo)
+    rollouts: Rollouts = field(default_factory=Rollouts)
     history: History = field(default_factory=History)
     seed: int = 0
 
@@ -267,7 +296,8 @@ def _check(settings: Settings) -> None:
         settings.normalization in (None, *NORMALIZATIONS),
         "normalization", settings.normalization, f"null or one of {', '.join(NORMALIZATIONS)}",
     )  # fmt: skip
-    need(settings.demo_coef >= 0, "demo_coef", settings.demo_coef, "at least 0")
+    need(all(x >= 0 for x in _numbers(settings.demo_coef)), "demo_coef", settings.demo_coef, "at least 0")
+    _check_schedule(need, "demo_coef", settings.demo_coef)
     scale = settings.rl_length_scale
     need(scale is None or scale > 0, "rl_length_scale", scale, "null (data.max_response_length) or above 0")
     allowed = {f.name for f in dataclasses.fields(Constants)} - {"clip_low", "clip_high", "clip_c"}
@@ -281,10 +311,8 @@ def _check(settings: Settings) -> None:
                  gate.soft, "a table of at least two rows (on, off, sft), none negative")  # fmt: skip
         for name in ("threshold", "off"):
             value = getattr(gate, name)
-            numbers = (value.start, value.end) if isinstance(value, Schedule) else (value,)
-            need(all(x is None or math.isfinite(x) for x in numbers), f"{where}.{name}", value, "finite")
-            if isinstance(value, Schedule):
-                need(value.steps >= 1, f"{where}.{name}.steps", value.steps, "at least 1")
+            need(all(map(math.isfinite, _numbers(value))), f"{where}.{name}", value, "finite")
+            _check_schedule(need, f"{where}.{name}", value)
         need(math.isfinite(gate.success), f"{where}.success", gate.success, "finite")
     need(settings.demo.per_question >= 1, "demo.per_question", settings.demo.per_question, "at least 1")
     by_column = settings.demo.select == "likelihood" and settings.demo.likelihood_of == "column"
@@ -298,6 +326,18 @@ def _check(settings: Settings) -> None:
     if early is not None:
         need(early.after_failures >= 1, "history.early_gate.after_failures", early.after_failures, "at least 1")
         need(early.rollouts >= 1, "history.early_gate.rollouts", early.rollouts, "at least 1")
+
+
+def _numbers(value: float | Schedule | None) -> list[float]:
+    """The numbers that a setting's bounds hold for."""
+    found = [value.start, value.end] if isinstance(value, Schedule) else [value]
+    return [x for x in found if x is not None]
+
+
+def _check_schedule(need: Callable, key: str, value: float | Schedule | None) -> None:
+    if isinstance(value, Schedule):
+        need(value.steps >= 1, f"{key}.steps", value.steps, "at least 1")
+        need(value.warmup >= 0, f"{key}.warmup", value.warmup, "at least 0 (steps)")
 
 
 def _build(kind: Any, value: Any, path: str) -> Any:
@@ -366,7 +406,7 @@ def _name(kind: Any) -> str:
         return " or ".join(_name(arg) for arg in args)
     plain = {float: "a number", int: "a whole number", str: "text", bool: "true or false", type(None): "null"}
     if kind is Schedule:
-        return "a schedule {start, end, steps, shape: linear | cosine}"
+        return "a schedule {start, end, steps, shape: linear | cosine | step, warmup: 0}"
     return plain.get(kind, str(kind))
 
 

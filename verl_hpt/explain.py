@@ -11,7 +11,9 @@ The case goes through the same plan, normalisation and estimator code that train
 Every key of ``hpt`` is optional (``rl_length_scale``: the longest row); ``actor`` may hold clip_ratio_low,
 clip_ratio_high and clip_ratio_c. log_prob, old_log_prob, ref_log_prob, teacher_log_prob, entropy, advantage (what a
 critic would give) and token_weights (of demonstrations) are a number for every token or a list; old_log_prob is
-log_prob by default. other_log_prob is one number a demonstration.
+log_prob by default. other_log_prob is one number a demonstration. A rollout may say ``truncated`` (true: it was cut at
+the length limit) and ``metric`` (what ``hpt.gate.metric`` reads), a question ``skipped_rollouts`` (rollouts that
+verl-hpt did not have sampled); ``step`` of the case (default 1) is the step that schedules are read at.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ from verl_hpt.parts import Constants, Tokens
 
 TOKEN_KEYS = ("log_prob", "old_log_prob", "ref_log_prob", "teacher_log_prob", "entropy", "advantage", "token_weights")
 ROW_KEYS = {"length", "reward", "other_log_prob", *TOKEN_KEYS}
-QUESTION_KEYS = {"uid", "source", "rollouts", "demos"}
+ROLLOUT_KEYS = ROW_KEYS | {"truncated", "metric"}
+QUESTION_KEYS = {"uid", "source", "rollouts", "demos", "skipped_rollouts"}
 ACTOR_KEYS = ("clip_ratio_low", "clip_ratio_high", "clip_ratio_c")
 
 
@@ -50,7 +53,7 @@ def explain(case: Mapping) -> dict:
     Raises:
         UserError: names the place in the case and the choices.
     """
-    case = _mapping(case, "case", {"hpt", "questions", "actor"})
+    case = _mapping(case, "case", {"hpt", "questions", "actor", "step"})
     settings = config.load(case.get("hpt"))
     method = config.resolve_method(settings)
     actor = _mapping(case.get("actor", {}), "actor", set(ACTOR_KEYS))
@@ -62,8 +65,9 @@ def explain(case: Mapping) -> dict:
     questions = case.get("questions")
     if not isinstance(questions, list) or not questions:
         raise UserError("questions: must be a list with at least one question")
-    default_reward = settings.demo.reward if isinstance(settings.demo.reward, float) else settings.gate.success
-    entries = [_question(q, f"questions[{i}]", method, default_reward) for i, q in enumerate(questions)]
+    step = _count(case.get("step", 1), "step")
+    demo_reward = settings.demo.reward if isinstance(settings.demo.reward, float) else math.nan
+    entries = [_question(q, f"questions[{i}]", method, settings, demo_reward) for i, q in enumerate(questions)]
 
     for i, (question, rows) in enumerate(entries):
         if not rows:
@@ -78,9 +82,10 @@ def explain(case: Mapping) -> dict:
             method=method,
             normalization=settings.normalization or method.normalization,
             length_scale=settings.rl_length_scale or longest,
-            demo_coef=settings.demo_coef,
-            gate=settings.gate.at(0),
-            gates={source: own.gate.at(0) for source, own in settings.per_source.items()},
+            demo_coef=config.at(settings.demo_coef, step),
+            gate=settings.gate.at(step),
+            gates={source: own.gate.at(step) for source, own in settings.per_source.items()},
+            truncated=settings.rollouts.truncated,
             questions_per_step=len(entries),
         ),
     )
@@ -156,10 +161,15 @@ def _tokens(row: dict, result: Plan, i: int, method: Method, constants: Constant
     )
 
 
-def _question(given, where: str, method: Method, default_reward: float) -> tuple[Question, list[dict]]:
+def _question(given, where: str, method: Method, settings, demo_reward: float) -> tuple[Question, list[dict]]:
     given = _mapping(given, where, QUESTION_KEYS)
     rollouts = [_row(r, f"{where}.rollouts[{i}]", None) for i, r in enumerate(_list(given, "rollouts", where))]
-    demos = [_row(r, f"{where}.demos[{i}]", default_reward) for i, r in enumerate(_list(given, "demos", where))]
+    demos = [_row(r, f"{where}.demos[{i}]", demo_reward) for i, r in enumerate(_list(given, "demos", where))]
+    source = str(given.get("source", ""))
+    metric = settings.per_source.get(source, settings).gate.metric
+    for i, row in enumerate(rollouts):
+        if metric is not None and row["metric"] is None:
+            raise UserError(f"{where}.rollouts[{i}].metric: missing; hpt.gate.metric={metric!r} reads it")
     for kind, rows, estimators in (
         ("rollouts", rollouts, [method.rollouts]),
         ("demos", demos, [method.r_estimator, method.s_estimator]),
@@ -176,20 +186,31 @@ def _question(given, where: str, method: Method, default_reward: float) -> tuple
         lengths=np.array([r["length"] for r in rollouts], dtype=int),
         demo_lengths=np.array([r["length"] for r in demos], dtype=int),
         demo_rewards=np.array([r["reward"] for r in demos], dtype=np.float64),
-        source=str(given.get("source", "")),
+        metric=None if metric is None else np.array([r["metric"] for r in rollouts], dtype=np.float64),
+        truncated=np.array([r["truncated"] for r in rollouts], dtype=bool),
+        skipped_rollouts=_count(given.get("skipped_rollouts", 0), f"{where}.skipped_rollouts"),
+        source=source,
     )
     return question, rollouts + demos
 
 
-def _row(given, where: str, default_reward: float | None) -> dict:
-    given = _mapping(given, where, ROW_KEYS)
-    for key in ("length", "log_prob") + (("reward",) if default_reward is None else ()):
+def _row(given, where: str, demo_reward: float | None) -> dict:
+    """A row of the case; demo_reward: what a demonstration without a reward counts as, None for a rollout."""
+    is_rollout = demo_reward is None
+    given = _mapping(given, where, ROLLOUT_KEYS if is_rollout else ROW_KEYS)
+    for key in ("length", "log_prob") + (("reward",) if is_rollout else ()):
         if key not in given:
             raise UserError(f"{where}.{key}: missing; a row needs length, log_prob and, on rollouts, reward")
     length = given["length"]
     if not isinstance(length, int) or isinstance(length, bool) or length < 1:
         raise UserError(f"{where}.length={length!r}: must be a whole number of tokens, at least 1")
-    row = {"length": length, "reward": _number(given.get("reward", default_reward), f"{where}.reward")}
+    row = {"length": length, "reward": demo_reward}
+    if "reward" in given:
+        row["reward"] = _number(given["reward"], f"{where}.reward")
+    row["truncated"] = given.get("truncated", False)
+    if not isinstance(row["truncated"], bool):
+        raise UserError(f"{where}.truncated={row['truncated']!r}: must be true or false")
+    row["metric"] = _number(given["metric"], f"{where}.metric") if given.get("metric") is not None else None
     for key in TOKEN_KEYS:
         value = given.get(key)
         if value is None:
@@ -204,7 +225,7 @@ def _row(given, where: str, default_reward: float | None) -> dict:
     other = given.get("other_log_prob")
     row["other_log_prob"] = None if other is None else _number(other, f"{where}.other_log_prob")
     weights = row["token_weights"]
-    if weights is not None and (default_reward is None or min(weights) < 0 or not any(weights)):
+    if weights is not None and (is_rollout or min(weights) < 0 or not any(weights)):
         raise UserError(f"{where}.token_weights={weights!r}: 0 or more, one above 0, on demonstrations alone")
     for key in ("log_prob", "old_log_prob", "ref_log_prob", "teacher_log_prob"):
         if row[key] is not None and max(row[key]) > 0:
@@ -232,6 +253,12 @@ def _number(value, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise UserError(f"{where}={value!r}: must be a finite number")
     return float(value)
+
+
+def _count(value, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise UserError(f"{where}={value!r}: must be a whole number, at least 0")
+    return value
 
 
 def _plain(advantage: torch.Tensor) -> float | list[float]:

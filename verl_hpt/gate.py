@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 EPSILON = 1e-9
 
 # Coefficients (on, off, sft) by number solved of 8, the demonstration itself counted as one of them (HPT's published
@@ -24,9 +26,9 @@ SOFT_TABLE = (
 class GateSettings:
     """γ as a share (threshold) or a count of rollouts; off: upper bound of the zone trained off-policy on the demo.
 
-    count wins over threshold where it is set. success is the score from which a rollout counts as solved. soft is a
-    table (on, off, sft) by number solved, or the name of a registered gate, used by methods whose ``when`` is "soft".
-    function names a gate of the user's.
+    count wins over threshold where it is set. success is the score from which a rollout counts as solved; finished: one
+    that was cut at the length limit never does. soft is a table (on, off, sft) by number solved, or the name of a
+    registered gate, used by methods whose ``when`` is "soft". function names a gate of the user's.
     """
 
     threshold: float = 0.0
@@ -35,6 +37,7 @@ class GateSettings:
     off: float | None = None
     soft: tuple[tuple[float, float, float], ...] | str | None = None
     function: str | None = None
+    finished: bool = True
 
 
 @dataclass(frozen=True)
@@ -89,11 +92,38 @@ def cosine(solved: int, n: int, settings: GateSettings) -> Decision:
     return Decision("soft", share, 0.0, 1 - share)
 
 
+def solved(scores: np.ndarray, success: float, cut: np.ndarray | None = None) -> np.ndarray:
+    """Which rollouts count as solved: score ≥ success, and not cut. The only place that compares the two.
+
+    Both are taken as float32, the type in which verl keeps scores: as float64 a score of 0.9 lies below 0.9.
+
+    Args:
+        scores: (n,) verifier's scores, or the numbers of ``hpt.gate.metric``.
+        cut: (n,) bool, rollouts that were cut at the length limit and therefore never count; None: all count.
+
+    Returns:
+        (n,) bool
+    """
+    reached = np.asarray(scores, dtype=np.float32) >= np.float32(success)
+    return reached if cut is None else reached & ~cut
+
+
+def rewarded(scores: np.ndarray, cut: np.ndarray | None = None) -> np.ndarray:
+    """Which rollouts have a score above 0 (SuperRL's rule), compared as in ``solved``. -> (n,) bool"""
+    above = np.asarray(scores, dtype=np.float32) > 0
+    return above if cut is None else above & ~cut
+
+
+def always_demo(settings: GateSettings, n: int) -> bool:
+    """Whether every question with n rollouts trains on its demonstration, whatever they score."""
+    return settings.function is None and _limit(settings.threshold, settings.count, n) >= n
+
+
 def decide(solved: int, n: int, settings: GateSettings) -> Decision:
     """The switch. γ < 0 never fires, γ ≥ 1 always does.
 
     Args:
-        solved: rollouts of the question whose score reached ``gate.success``.
+        solved: rollouts of the question that are solved, see ``solved``.
         n: rollouts of the question that came back (failed sessions are not among them).
     """
     if settings.function is not None:

@@ -9,7 +9,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,12 +26,20 @@ SPARED = "hpt_spared"  # column of a drawn question: rollouts that the early gat
 @dataclass(frozen=True)
 class Past:
     """What is known of a question before a step. uses: draws at which it trained on demonstrations; cooling: these rest
-    at this step; demo_uses: uses of each demonstration by place; retire_after: uses after which one is retired."""
+    at this step; demo_uses: uses of each demonstration by place; retire_after: uses after which one is retired;
+    shown_now: places of the demonstrations that an earlier draw of the same batch is shown."""
 
     uses: int = 0
     cooling: bool = False
     demo_uses: Sequence[int] = ()
     retire_after: int | None = None
+    shown_now: Sequence[int] = ()
+
+    def after(self, places: Sequence[int]) -> Past:
+        """What is known once a draw of the same batch is shown the demonstrations at these places."""
+        last = max([*places, len(self.demo_uses) - 1])
+        uses = [self.used(place) + (place in places) for place in range(last + 1)]
+        return replace(self, uses=self.uses + 1, demo_uses=uses, shown_now=[*self.shown_now, *places])
 
     def used(self, place: int) -> int:
         return self.demo_uses[place] if place < len(self.demo_uses) else 0
@@ -108,16 +116,13 @@ class Lifecycle:
         questions: Sequence[Question],
         read: Sequence[Sequence[tuple]],
         plan: Plan,
-        successes: Sequence[float],
         counts: Counter,
     ) -> dict[str, float]:
         """Take in what a step did; the metrics ``hpt/history/*``.
 
         Args:
             read: (questions, demonstrations) tokens and columns of each demonstration, as the plan's rows index them.
-            successes: (questions,) score from which rollouts count as solved.
         """
-        solved = [int((q.rewards >= success).sum()) for q, success in zip(questions, successes, strict=True)]
         taught = np.zeros(len(questions), dtype=bool)
         taught[plan.question[plan.kind == DEMO]] = True
         keys = history.numbers([group.key for group in groups])
@@ -128,7 +133,7 @@ class Lifecycle:
         draw = Draw(
             keys=keys,
             prompts=np.array(prompts, dtype=np.uint64),
-            solved=np.array(solved, dtype=int),
+            solved=np.array([each.sum() for each in plan.solved], dtype=int),
             rollouts=np.array([len(q.rewards) for q in questions], dtype=int),
             taught=taught,
             on_rl=np.array([decision.on > 0 for decision in plan.decisions], dtype=bool),
@@ -139,7 +144,7 @@ class Lifecycle:
         places = [read[plan.question[row]][plan.index[row]][1]["place"] for row in rows]
         self.history.observe_demos(keys[plan.question[rows]], np.array(places, dtype=int))
 
-        spared = np.array([int(demos.plain(group.columns.get(SPARED)) or 0) for group in groups], dtype=int)
+        spared = np.array([question.skipped_rollouts for question in questions], dtype=int)
         lengths = np.array([question.lengths.mean() if len(question.lengths) else 0.0 for question in questions])
         saved = float(np.dot(spared, lengths))  # a rollout more of a question is taken to be as long as those it has
         self.history.tokens_saved += saved

@@ -7,24 +7,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from verl_hpt import gate
 from verl_hpt.loss import P_EDGES, W_EDGES
-from verl_hpt.mixing import DEMO, PADDING, ROLLOUT, Plan, Question
+from verl_hpt.mixing import DEMO, PADDING, ROLLOUT, Plan, PlanSettings, Question
 
 QUANTILES = (0.1, 0.5, 0.9)
 SENT = "actor/hpt/"  # where verl puts what the loss returns
 
 
-def of_plan(plan: Plan, questions: Sequence[Question], successes: Sequence[float], counts: Counter) -> dict[str, float]:
-    """What the gate and the plan did.
-
-    Args:
-        successes: (questions,) the score from which each question's rollouts count as solved.
-        counts: unusable demonstrations, by reason.
-    """
+def of_plan(plan: Plan, questions: Sequence[Question], settings: PlanSettings, counts: Counter) -> dict[str, float]:
+    """What the gate and the plan did. counts: unusable demonstrations, by reason."""
     if not questions:
         return {"hpt/questions": 0.0}
     zones = Counter(decision.zone for decision in plan.decisions)
-    solved = [(q.rewards >= s).mean() if len(q.rewards) else 0.0 for q, s in zip(questions, successes, strict=True)]
+    solved = [each.mean() if len(each) else 0.0 for each in plan.solved]
     rollouts = np.array([len(q.rewards) for q in questions])
     on_rl = np.array([decision.on > 0 for decision in plan.decisions])
     taught = np.unique(plan.question[plan.kind == DEMO])
@@ -42,6 +38,7 @@ def of_plan(plan: Plan, questions: Sequence[Question], successes: Sequence[float
         "hpt/unusable_demos": float(counts["unusable"]),
         "hpt/optimizer_steps": float(plan.steps),
     }
+    metrics |= of_rollouts(questions, settings)
     metrics |= {f"hpt/zone/{zone}": n / len(questions) for zone, n in zones.items()}
     metrics |= {f"hpt/{name}": float(n) for name, n in counts.items() if "/" in name}
     if on_rl.any():
@@ -53,6 +50,23 @@ def of_plan(plan: Plan, questions: Sequence[Question], successes: Sequence[float
         # Strength of a demonstration's token against a rollout's: the effective ratio of the normalisation and λ.
         metrics["hpt/demo_to_rl_weight"] = demo / rl
     return metrics
+
+
+def of_rollouts(questions: Sequence[Question], settings: PlanSettings) -> dict[str, float]:
+    """Length of the rollouts, and how many of them were cut at the length limit, of all and of those scored a success.
+
+    The latter share ignores ``gate.finished``: it is what the gate would have been told without it.
+    """
+    lengths = np.concatenate([q.lengths for q in questions])
+    if not len(lengths):
+        return {}
+    cut = np.concatenate([np.zeros(len(q.lengths), bool) if q.truncated is None else q.truncated for q in questions])
+    reached = np.concatenate([gate.solved(q.scores, settings.gate_of(q.source).success) for q in questions])
+    return {
+        "hpt/response_length": float(lengths.mean()),
+        "hpt/truncated_share": float(cut.mean()),
+        "hpt/truncated_success_share": float(cut[reached].mean()) if reached.any() else 0.0,
+    }
 
 
 def of_update(metrics: dict) -> None:

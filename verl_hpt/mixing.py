@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -28,10 +29,15 @@ class Question:
 
     Attributes:
         key: identity, the same whenever the question is drawn.
-        rewards: (n,) verifier's score of each rollout; the gate reads it.
+        rewards: (n,) verifier's score of each rollout.
         lengths: (n,) tokens of each rollout.
         returns: (n,) what Â is made of; None: rewards (they differ with ``algorithm.use_kl_in_reward``).
-        demo_lengths, demo_rewards: (k,) tokens and score of each usable demonstration.
+        metric: (n,) what the gate reads in place of the rewards (``hpt.gate.metric``); None: rewards.
+        truncated: (n,) bool, rollouts that were cut at the length limit; None: none was.
+        skipped_rollouts: rollouts of this draw that verl-hpt did not have sampled (early gate, or a step at which every
+            question is on its demonstration).
+        demo_lengths, demo_rewards: (k,) tokens and score of each usable demonstration; score nan: none was given, and
+            ``demo_scores`` says what it counts as.
         source: data source.
     """
 
@@ -39,9 +45,17 @@ class Question:
     rewards: np.ndarray
     lengths: np.ndarray
     returns: np.ndarray | None = None
+    metric: np.ndarray | None = None
+    truncated: np.ndarray | None = None
+    skipped_rollouts: int = 0
     demo_lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
     demo_rewards: np.ndarray = field(default_factory=lambda: np.zeros(0))
     source: str = ""
+
+    @property
+    def scores(self) -> np.ndarray:
+        """What the gate reads of each rollout. -> (n,)"""
+        return self.rewards if self.metric is None else self.metric
 
 
 @dataclass(frozen=True)
@@ -50,7 +64,8 @@ class PlanSettings:
 
     questions_per_step: questions of one optimizer step (``actor.ppo_mini_batch_size``).
     ranks: data-parallel ranks. rows_multiple: rows a rank are a multiple of it (micro-batch size without dynamic
-    batches). gates: gate of a data source; the default gate otherwise.
+    batches). gates: gate of a data source; the default gate otherwise. truncated: what becomes of rollouts that were
+    cut at the length limit (``hpt.rollouts.truncated``): "keep", count as "unsolved", or "mask".
     """
 
     method: Method
@@ -59,6 +74,7 @@ class PlanSettings:
     demo_coef: float = 0.1
     gate: GateSettings = field(default_factory=GateSettings)
     gates: dict[str, GateSettings] = field(default_factory=dict)
+    truncated: Literal["keep", "unsolved", "mask"] = "keep"
     questions_per_step: int = 1
     ranks: int = 1
     rows_multiple: int = 1
@@ -82,12 +98,15 @@ class Dropped:
 class Plan:
     """The rows of one update. Arrays of shape (rows,), in the order of the questions given, rollouts first.
 
+    decisions, solved: one a question; solved says of each of its rollouts whether it counts as solved, (n,) bool.
+
     layout: (steps · rows_per_step,) row numbers, ``PADDING`` where nothing stands, in the order in which verl must get
     them: rank r takes a contiguous chunk and cuts it in order, so row j of step s of rank r of S steps with m rows a
     rank stands at r·S·m + s·m + j.
     """
 
     decisions: list[Decision]
+    solved: list[np.ndarray]
     question: np.ndarray
     kind: np.ndarray
     index: np.ndarray
@@ -111,8 +130,10 @@ class Plan:
 def plan(questions: Sequence[Question], settings: PlanSettings) -> Plan:
     """Decide, weigh and lay out one update."""
     decisions, rows, dropped = [], [], []
+    solved = [solved_rollouts(question, settings) for question in questions]
     for number, question in enumerate(questions):
-        decision, kept, lost = _rows_of(number, question, settings)
+        decision = decide(question, settings)
+        kept, lost = _rows_of(number, question, decision, solved[number], settings)
         decisions.append(decision)
         rows.extend(kept)
         dropped.extend(lost)
@@ -143,23 +164,42 @@ def plan(questions: Sequence[Question], settings: PlanSettings) -> Plan:
             w_entropy[learning] = w_rl[learning]
     rows_per_step, layout = _lay_out(step, tokens, steps, settings.ranks, settings.rows_multiple)
     return Plan(
-        decisions, question, kind, index, advantage, reward, correct.astype(bool), tokens.astype(int), w_rl, w_demo,
-        w_entropy, step, dropped, steps, rows_per_step, layout,
+        decisions, solved, question, kind, index, advantage, reward, correct.astype(bool), tokens.astype(int), w_rl,
+        w_demo, w_entropy, step, dropped, steps, rows_per_step, layout,
     )  # fmt: skip
+
+
+def solved_rollouts(question: Question, settings: PlanSettings) -> np.ndarray:
+    """Which of a question's rollouts count as solved, by the gate of its source. -> (n,) bool"""
+    return gate.solved(question.scores, settings.gate_of(question.source).success, _cut(question, settings))
+
+
+def demo_scores(question: Question, settings: PlanSettings) -> np.ndarray:
+    """What each demonstration counts as. -> (k,)
+
+    Where no score was given it is ``gate.success``; in a group, where Â compares it with the rollouts' rewards, the
+    largest of that and the group's best, so that no method pushes away from a demonstration for want of a setting.
+    """
+    default = settings.gate_of(question.source).success
+    if settings.method.place == "group":
+        default = max([default, *_returns(question, settings)])
+    return np.where(np.isnan(question.demo_rewards), default, question.demo_rewards)
 
 
 def decide(question: Question, settings: PlanSettings) -> Decision:
     """The method's rule and the gate, and what becomes of a question that has no usable demonstration."""
     method, bounds = settings.method, settings.gate_of(question.source)
-    solved, n, k = int((question.rewards >= bounds.success).sum()), len(question.rewards), len(question.demo_lengths)
+    n, k = len(question.rewards), len(question.demo_lengths)
     if method.when == "never" or (k == 0 and method.when != "own"):
         return gate.RL if method.rollouts is not None else NOTHING
     if method.when == "always":
         return gate.BOTH if method.rollouts is not None else gate.DEMO
-    if method.when == "soft":
-        return gate.decide_soft(solved, n, bool((question.demo_rewards >= bounds.success).any()), bounds)
     if method.when == "unrewarded":
-        return gate.RL if (question.rewards > 0).any() else gate.DEMO
+        return gate.RL if gate.rewarded(question.rewards, _cut(question, settings)).any() else gate.DEMO
+    solved = int(solved_rollouts(question, settings).sum())
+    if method.when == "soft":
+        right = gate.solved(demo_scores(question, settings), bounds.success).any()
+        return gate.decide_soft(solved, n, bool(right), bounds)
     if method.when == "own" and (solved or k == 0):
         return Decision("own", 0.0, 0.0, 1.0) if solved else NOTHING
     if method.when == "own":
@@ -167,25 +207,45 @@ def decide(question: Question, settings: PlanSettings) -> Decision:
     return gate.decide(solved, n, bounds)
 
 
-def _rows_of(number: int, question: Question, settings: PlanSettings):
+def _cut(question: Question, settings: PlanSettings) -> np.ndarray | None:
+    """Rollouts that never count as solved since they were cut at the length limit. -> (n,) bool"""
+    counts_for_nothing = settings.gate_of(question.source).finished or settings.truncated != "keep"
+    return question.truncated if counts_for_nothing else None
+
+
+def _returns(question: Question, settings: PlanSettings) -> np.ndarray:
+    """What Â is made of, rollouts that were cut counted as failures where the settings say so. -> (n,)
+
+    A failure counts as 0, or as the lowest of the group where that is below 0 (rewards of −1 and 1).
+    """
+    returns = question.rewards if question.returns is None else question.returns
+    if settings.truncated == "keep" or question.truncated is None:
+        return returns
+    return np.where(question.truncated, min([0.0, *returns]), returns)
+
+
+def _rows_of(number: int, question: Question, decision: Decision, solved: np.ndarray, settings: PlanSettings):
     """Rows of one question as (question, kind, index, advantage, reward, correct, tokens, rl_share, demo_share)."""
     method, success = settings.method, settings.gate_of(question.source).success
-    decision = decide(question, settings)
     n, k = len(question.rewards), len(question.demo_lengths)
-    returns = question.rewards if question.returns is None else question.returns
+    returns, demo_rewards = _returns(question, settings), demo_scores(question, settings)
     kept, dropped = [], []
 
     grouped = method.place == "group" and k > 0
-    group = np.concatenate([returns, question.demo_rewards]) if grouped else returns
+    group = np.concatenate([returns, demo_rewards]) if grouped else returns
     of_rollouts = _over_group(method.rollouts, group)
     of_demos = _over_group(method.r_estimator, group)[n:] if grouped else np.full(k, np.nan)
+    if question.skipped_rollouts and len(group) == 1:
+        of_rollouts = 0 * of_rollouts  # its raw reward is no advantage: the others of its group were not sampled
 
-    own = int(np.argmax(question.rewards >= success)) if decision.zone == "own" else None
+    own = int(np.argmax(solved)) if decision.zone == "own" else None
+    masked = question.truncated if settings.truncated == "mask" else None
     for i in range(n):
         demo_share = method.term("S").scale if own == i else 0.0
-        if decision.on or demo_share:
-            correct = question.rewards[i] >= success
-            kept.append((number, ROLLOUT, i, of_rollouts[i], question.rewards[i], correct, question.lengths[i],
+        if masked is not None and masked[i] and decision.on:
+            dropped.append(Dropped(number, ROLLOUT, i, "it was cut at the length limit"))
+        elif decision.on or demo_share:
+            kept.append((number, ROLLOUT, i, of_rollouts[i], question.rewards[i], solved[i], question.lengths[i],
                          decision.on, demo_share))  # fmt: skip
         else:
             dropped.append(Dropped(number, ROLLOUT, i, _why_no_rollout(decision)))
@@ -193,14 +253,14 @@ def _rows_of(number: int, question: Question, settings: PlanSettings):
     r_term = method.off_zone or method.term("R") if decision.zone == "off" else method.term("R")
     rl_share = decision.off * r_term.scale if r_term is not None else 0.0
     demo_share = decision.sft * method.term("S").scale if method.term("S") is not None else 0.0
+    demo_correct = gate.solved(demo_rewards, success)
     for j in range(k):
         if own is None and (rl_share or demo_share):
-            correct = question.demo_rewards[j] >= success
-            kept.append((number, DEMO, j, of_demos[j], question.demo_rewards[j], correct, question.demo_lengths[j],
+            kept.append((number, DEMO, j, of_demos[j], demo_rewards[j], demo_correct[j], question.demo_lengths[j],
                          rl_share, demo_share))  # fmt: skip
         else:
             dropped.append(Dropped(number, DEMO, j, _why_no_demo(decision)))
-    return decision, kept, dropped
+    return kept, dropped
 
 
 def _over_group(estimator, rewards: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ import numpy as np
 from verl_hpt import config, demos, mixing
 from verl_hpt.demo_columns import Demo, check_values, row_demos
 from verl_hpt.errors import UserError
-from verl_hpt.lifecycle import UNKNOWN, Past
+from verl_hpt.lifecycle import SPARED, UNKNOWN, Past
 from verl_hpt.mixing import PlanSettings, Question
 from verl_hpt.normalize import relative
 
@@ -74,15 +75,39 @@ def identity(source: str, prompt: Sequence[int]) -> str:
 
 
 def row_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Sum of each row of a jagged tensor; rows without tokens sum to 0. -> (rows,)"""
-    running = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
-    return running[offsets[1:]] - running[offsets[:-1]]
+    """Sum of each row of a jagged tensor, each by itself; rows without tokens sum to 0. -> (rows,)
+
+    Differences of one running sum would do it in one pass, and lose a score of 1 in a row beside one of 1e17.
+    """
+    sums, filled = np.zeros(len(offsets) - 1), offsets[1:] > offsets[:-1]
+    if filled.any():
+        sums[filled] = np.add.reduceat(values, offsets[:-1][filled], dtype=np.float64)
+    return sums
+
+
+def gate_metric(group: Group, name: str, info: Mapping) -> float:
+    """The number that ``hpt.gate.metric`` names in what a reward function said of a rollout.
+
+    Raises:
+        UserError: the reward function said no such thing, or no finite number.
+    """
+    value = demos.plain(info.get(name))
+    if isinstance(value, int | float) and math.isfinite(value):  # True and False are 1 and 0
+        return float(value)
+    if name in info:
+        raise UserError(
+            f"{group.named()}: hpt.gate.metric={name!r} is {value!r} on a rollout; it must be a number"
+        )
+    raise UserError(
+        f"{group.named()}: hpt.gate.metric={name!r} is not in the reward function's extra info; it has "
+        f"{', '.join(sorted(map(str, info))) or 'nothing'}"
+    )
 
 
 class Reader:
     """Usable demonstrations of a question, as tokens; what is unusable is counted and warned of once.
 
-    eos: end token. max_length: tokens of a response, EOS included. success: what a demonstration counts as by default.
+    eos: end token. max_length: tokens of a response, EOS included.
     """
 
     def __init__(
@@ -93,7 +118,7 @@ class Reader:
         self.columns = settings.columns()
         self.warned: set[str] = set()
 
-    def candidates(self, group: Group, success: float, counts: Counter, past: Past = UNKNOWN) -> list[Candidate]:
+    def candidates(self, group: Group, counts: Counter, past: Past = UNKNOWN) -> list[Candidate]:
         """The question's demonstrations that it could be shown at this draw.
 
         counts: gains ``unusable`` and ``unusable/<reason>``, one a question without any usable demonstration;
@@ -125,7 +150,7 @@ class Reader:
                     prompt_messages=demos.plain(group.columns.get("raw_prompt")),
                     template_kwargs=self.template_kwargs,
                 )
-                usable.append((encoded, self._values(demo, encoded, success)))
+                usable.append((encoded, self._values(demo, encoded)))
             except demos.Unusable as error:
                 why = why or error
         if not usable and retired:
@@ -137,6 +162,8 @@ class Reader:
     def choose(self, group: Group, usable: Sequence[Candidate], draw: int, past: Past = UNKNOWN) -> list[Candidate]:
         """Those of the candidates that the question is shown at this draw, by ``demo.select``."""
         settings = self.settings
+        if settings.select == "random":  # an earlier draw of this batch leaves the others to this one
+            usable = [one for one in usable if one[1]["place"] not in past.shown_now] or usable
         chosen = demos.select(
             [values["content"] for _, values in usable],
             settings.select,
@@ -150,11 +177,11 @@ class Reader:
         )
         return [usable[i] for i in chosen]
 
-    def _values(self, demo: Demo, encoded: demos.EncodedDemo, success: float) -> dict:
+    def _values(self, demo: Demo, encoded: demos.EncodedDemo) -> dict:
         """What the columns say of a demonstration, checked; raises `Unusable` for what does not fit or is missing."""
         settings, values = self.settings, dict(demo.values)
         check_values(demo, self.columns, encoded)
-        reward = success if settings.reward is None else settings.reward
+        reward = math.nan if settings.reward is None else settings.reward  # nan: `mixing.demo_scores` says
         given = {"place": demo.index, "content": demo.content, "reward": reward} | values
         if "teacher_log_prob" in given:
             given["teacher_log_prob"] = np.minimum(given["teacher_log_prob"], 0.0)
@@ -173,11 +200,25 @@ class Reader:
             logger.warning("%s. It keeps its rollouts; further ones of this kind are counted, not named", text)
 
 
+@dataclass
+class Scored:
+    """What is known of the rows of a batch once they are scored; (rows of the batch,) each.
+
+    scores, returns: verifier's score, and what Â is made of; counted: tokens that learn; lengths: tokens of the
+    response; truncated: bool, cut at the length limit; metric: what the gate reads in place of the score, or None.
+    """
+
+    scores: np.ndarray
+    returns: np.ndarray
+    counted: np.ndarray
+    lengths: np.ndarray
+    truncated: np.ndarray
+    metric: np.ndarray | None = None
+
+
 def questions_of(
     groups: Sequence[Group],
-    scores: np.ndarray,
-    returns: np.ndarray,
-    lengths: np.ndarray,
+    scored: Scored,
     reader: Reader,
     settings: PlanSettings,
     draw: int,
@@ -189,7 +230,6 @@ def questions_of(
     Demonstrations are read (tokenised) only for questions that would train on one.
 
     Args:
-        scores, returns, lengths: (rows of the batch,) verifier's score, what Â is made of, tokens that count.
         draw: the step. past: what is known of each group's question from earlier steps.
         likelihoods: mean log-likelihoods a token of (group, candidate) pairs, where a model is asked for them; called
             once, for the questions that have more candidates than they are shown.
@@ -198,35 +238,45 @@ def questions_of(
         UserError: a score or return that is not finite; names the question.
     """
     questions, read, counts = [], [], Counter()
-    past = [UNKNOWN] * len(groups) if past is None else past
+    past = [UNKNOWN] * len(groups) if past is None else list(past)
     for group, known in zip(groups, past, strict=True):
-        for name, values in (("reward", scores), ("return", returns)):
+        for name, values in (("reward", scored.scores), ("return", scored.returns)):
             if not np.isfinite(values[group.rows]).all():
                 raise UserError(
                     f"{group.named()}: {name} {values[group.rows].tolist()} is not finite. Mend the reward function, "
                     "or have it return a number for this answer"
                 )
-        success = settings.gate_of(group.source).success
         question = Question(
             key=group.key,
-            rewards=scores[group.rows],
-            lengths=lengths[group.rows].astype(int),
-            returns=returns[group.rows],
+            rewards=scored.scores[group.rows],
+            lengths=scored.counted[group.rows].astype(int),
+            returns=scored.returns[group.rows],
+            metric=None if scored.metric is None else scored.metric[group.rows],
+            truncated=scored.truncated[group.rows],
+            skipped_rollouts=int(demos.plain(group.columns.get(SPARED)) or 0),
             source=group.source,
             demo_lengths=np.ones(1, dtype=int),
-            demo_rewards=np.array([success]),
+            demo_rewards=np.array([math.nan]),
         )
         questions.append(question)
         decision = mixing.decide(question, settings)  # as if it had a demonstration
-        teaches = settings.method.demos and (decision.off or decision.sft) and decision.zone != "own"
-        read.append(reader.candidates(group, success, counts, known) if teaches else [])
+        # A soft gate asks whether the demonstration is right, so that one must be there whatever the shares are.
+        shares = decision.off or decision.sft or settings.method.when == "soft"
+        teaches = settings.method.demos and shares and decision.zone != "own"
+        read.append(reader.candidates(group, counts, known) if teaches else [])
     if likelihoods is not None:
         several = [i for i, found in enumerate(read) if len(found) > reader.settings.per_question]
         pairs = [(groups[i], candidate) for i in several for candidate in read[i]]
         for (_, (_, values)), number in zip(pairs, likelihoods(pairs) if pairs else [], strict=True):
             values["log_likelihood"] = number
-    for i, (group, known) in enumerate(zip(groups, past, strict=True)):
-        read[i] = reader.choose(group, read[i], draw, known) if read[i] else []
+    latest: dict[str, Past] = {}  # a question twice in a batch: what the second draw is shown depends on the first's
+    for i in sorted(range(len(questions)), key=lambda i: _order(questions[i])):
+        group, known = groups[i], latest.get(groups[i].key, past[i])
+        usable = [(encoded, values) for encoded, values in read[i] if not known.retired(values["place"])]
+        if read[i] and not usable:
+            counts["history/retired"] += 1
+        read[i] = reader.choose(group, usable, draw, known) if usable else []
+        latest[group.key] = known.after([values["place"] for _, values in read[i]]) if read[i] else known
         counts.update(f"demo_source/{values['source']}" for _, values in read[i] if "source" in values)
         questions[i] = dataclasses.replace(
             questions[i],
@@ -234,3 +284,8 @@ def questions_of(
             demo_rewards=np.array([values["reward"] for _, values in read[i]], dtype=np.float64),
         )
     return questions, read, counts
+
+
+def _order(question: Question) -> tuple:
+    """Draws of one question in one batch, in an order that does not depend on which rollouts arrived first."""
+    return question.key, tuple(question.rewards), tuple(question.lengths)

@@ -10,15 +10,16 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from verl_hpt import __version__, advantage, config, guard
+from verl_hpt import __version__, advantage, config, demos, guard
+from verl_hpt.alarms import Alarms
 from verl_hpt.errors import UserError
+from verl_hpt.gate import always_demo
 from verl_hpt.lifecycle import SPARED, Lifecycle
 from verl_hpt.loss import ROW_COLUMNS, ROW_FIELD, TOKEN_FIELDS, LossSpec
 from verl_hpt.mixing import DEMO, Plan, PlanSettings
 from verl_hpt.questions import Reader
 
 logger = logging.getLogger(__name__)
-ROUNDS_WITHOUT_SUCCESS = 20  # steps after which scores that never reach gate.success are warned of
 
 
 class Run:
@@ -56,7 +57,7 @@ class Run:
             *(TOKEN_FIELDS[name] for name in self.token_columns),
         )
         self.lifecycle = Lifecycle(self.settings, rollout.n)
-        self.best_score, self.rounds = float("-inf"), 0
+        self.alarms = Alarms(scheduled=lambda step: self._all_on_demos(step, rollout.n))
         print(self.banner(verl, fused), flush=True)
 
     # --- before training -----------------------------------------------------------------------------------------
@@ -64,16 +65,18 @@ class Run:
     def banner(self, verl: str, fused: bool) -> str:
         """What this run does, and what is taken from verl's config, in a few lines."""
         actor, gate = self.verl_config.actor_rollout_ref.actor, self.settings.gate
-        switch = f"solved ≤ {gate.count}" if gate.count is not None else f"solved ≤ {gate.threshold}·n"
+        switch = f"solved ≤ {gate.count}" if gate.count is not None else f"solved ≤ {_shown(gate.threshold)}·n"
         if gate.function is not None:
             switch = gate.function
-        when = {"gate": f"where {switch} (score ≥ {gate.success})", "never": "never"}.get(
+        algorithm = self.verl_config.algorithm
+        reached = "score" if gate.metric is None else gate.metric
+        finished = " and not cut at the length limit" if gate.finished else ""
+        when = {"gate": f"where {switch} ({reached} ≥ {gate.success}{finished})", "never": "never"}.get(
             self.method.when, self.method.when
         )
-        algorithm = self.verl_config.algorithm
         lines = [
             f"verl-hpt {__version__} on verl {verl}: method {self.method.name}, {self.method.formula}",
-            f"  demonstrations: column {self.settings.demo.key!r}, {when}, λ = {self.settings.demo_coef:g}",
+            f"  demonstrations: column {self.settings.demo.key!r}, {when}, λ = {_shown(self.settings.demo_coef)}",
             f"  normalization: {self.normalization} (L = {self.length_scale:g}); actor.loss_agg_mode="
             f"{actor.get('loss_agg_mode')} and norm_adv_by_std_in_grpo={algorithm.get('norm_adv_by_std_in_grpo')} "
             "are not read",
@@ -85,6 +88,13 @@ class Run:
         if temperature != 1.0 and fused and self.method.demos:
             lines.append(
                 f"  note: fused kernels take one temperature a batch, so demonstrations are scored at T = {temperature}"
+            )
+        if self.settings.rollouts.truncated != "keep":
+            lines.append(f"  rollouts cut at the length limit: {self.settings.rollouts.truncated}")
+        if self.method.place == "group" and self.settings.demo.reward is None:
+            lines.append(
+                "  a demonstration's reward in its group: the largest of hpt.gate.success and the group's best (set "
+                "hpt.demo.reward to a number or a column for another)"
             )
         if self.method.name == "gspo" and actor.clip_ratio_high > 0.01:
             lines.append("  note: GSPO's paper clips at 3e-4/4e-4; set actor.clip_ratio_low/high")
@@ -114,6 +124,8 @@ class Run:
                 f"demonstrations would end with token {self.eos} (hpt.demo.eos), but generation stops at "
                 f"{sorted(stops - {None})}; set it to one of these"
             )
+        self.stops = stops | {self.eos}
+        self.context = context_length(self.verl_config.actor_rollout_ref)
         data = self.verl_config.data
         self.reader = Reader(
             tokenizer,
@@ -132,9 +144,10 @@ class Run:
             method=self.method,
             normalization=self.normalization,
             length_scale=self.length_scale,
-            demo_coef=self.settings.demo_coef,
+            demo_coef=config.at(self.settings.demo_coef, step),
             gate=self.settings.gate.at(step),
             gates={source: own.gate.at(step) for source, own in self.settings.per_source.items()},
+            truncated=self.settings.rollouts.truncated,
             questions_per_step=actor.ppo_mini_batch_size,
             ranks=ranks,
             rows_multiple=1 if actor.use_dynamic_bsz else actor.ppo_micro_batch_size_per_gpu,
@@ -227,16 +240,44 @@ class Run:
             columns[TOKEN_FIELDS[name]] = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
         return columns
 
-    def watch_success(self, scores: np.ndarray) -> None:
-        """Warn once when no score ever reaches gate.success: the gate would imitate for ever."""
-        self.rounds += 1
-        self.best_score = max(self.best_score, float(scores.max())) if len(scores) else self.best_score
-        if self.rounds == ROUNDS_WITHOUT_SUCCESS and self.best_score < self.settings.gate.success:
-            logger.warning(
-                "no rollout's score has reached hpt.gate.success=%g in %d steps; the largest was %g. If your reward "
-                "counts success on another scale, set hpt.gate.success",
-                self.settings.gate.success, self.rounds, self.best_score,
-            )  # fmt: skip
+    def skipped_rollouts(self, step: int, sources: Sequence, prompts: Sequence, cells: Sequence, full: Sequence[int]):
+        """How many of its rollouts each question is spared that is about to be sampled; None where none is.
+
+        The early gate spares those that failed again and again. And all but one are spared where every question trains
+        on its demonstration at this step, whatever its rollouts score (SFT until a step, RL after it); only in
+        trainer_mode=sync, where what is sampled at a step is trained at that step.
+
+        Args:
+            sources, prompts, cells: data source, chat messages and demonstrations of each. full: its rollouts.
+        """
+        spared = self.lifecycle.spared(sources, prompts, full)
+        if self.method.when != "gate" or self.verl_config.trainer.v1.trainer_mode != "sync":
+            return spared
+        bounds = self.plan_settings(step, 1)
+        one = [
+            n - 1 if always_demo(bounds.gate_of(source), n) and demos.demonstrations(cell) else 0
+            for source, cell, n in zip(map(str, demos.plain(sources)), cells, full, strict=True)
+        ]
+        if not any(one):
+            return spared
+        return one if spared is None else [max(pair) for pair in zip(one, spared, strict=True)]
+
+    def _all_on_demos(self, step: int, n: int) -> bool:
+        """Whether the settings alone put every question on its demonstration at this step."""
+        if self.method.rollouts is None:
+            return True
+        bounds = self.plan_settings(step, 1)
+        return all(always_demo(settings, n) for settings in (bounds.gate, *bounds.gates.values()))
+
+    def metric_of(self, source: str) -> str | None:
+        """Key of the reward function's extra info that the gate of a data source reads; None: the score."""
+        own = self.settings.per_source.get(source)
+        return (self.settings if own is None else own).gate.metric
+
+    def length_limit(self, prompt: int) -> int:
+        """Tokens that a response to a prompt of so many tokens can have."""
+        limit = int(self.verl_config.data.max_response_length)
+        return limit if self.context is None else min(limit, self.context - prompt)
 
     def _named_columns(self) -> dict[str, str]:
         demo, named = self.settings.demo, {}
@@ -246,6 +287,30 @@ class Run:
         if self.settings.question_key is not None:
             named["hpt.question_key"] = self.settings.question_key
         return named
+
+
+def _shown(value) -> str:
+    """A number, or a schedule in a few words."""
+    if not isinstance(value, config.Schedule):
+        return f"{value:g}"
+    warmup = f" after {value.warmup} of warm-up" if value.warmup else ""
+    return f"{value.start:g} → {value.end:g} ({value.shape}, {value.steps} steps{warmup})"
+
+
+def context_length(actor_rollout_ref) -> int | None:
+    """Tokens that prompt and response can have together: ``rollout.max_model_len``, else the model's own limit; None
+    where neither says one."""
+    from transformers import AutoConfig
+
+    if actor_rollout_ref.rollout.get("max_model_len") is not None:
+        return int(actor_rollout_ref.rollout.max_model_len)
+    try:
+        model = AutoConfig.from_pretrained(
+            actor_rollout_ref.model.path, trust_remote_code=bool(actor_rollout_ref.model.get("trust_remote_code"))
+        )
+    except (OSError, ValueError):  # no config.json here, or of an architecture that transformers does not know
+        return None
+    return getattr(model.get_text_config(), "max_position_embeddings", None)
 
 
 def stop_ids(model_path: str) -> set[int]:

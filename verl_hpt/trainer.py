@@ -33,7 +33,7 @@ from verl_hpt.lifecycle import SPARED
 from verl_hpt.loss import hpt_loss
 from verl_hpt.metrics import of_plan, of_update
 from verl_hpt.mixing import DEMO, PADDING, Plan, Question, plan
-from verl_hpt.questions import Candidate, Group, group_rows, identity, questions_of, row_sums
+from verl_hpt.questions import Candidate, Group, Scored, gate_metric, group_rows, identity, questions_of, row_sums
 from verl_hpt.rows import ENGINE_FIELDS, OwnRow, padding_row, token_fields
 from verl_hpt.run import Run
 
@@ -42,14 +42,13 @@ ROLLOUTS = "__rollout_n__"  # verl's column: rollouts of a question, where they 
 
 @dataclass
 class Step:
-    """What one update is made of. demos: (questions, those shown); lengths: (rows of the batch,) response tokens."""
+    """What one update is made of. demos: (questions, those shown); scored: of the batch's rows."""
 
     groups: list[Group]
     questions: list[Question]
     demos: list[list[Candidate]]
     counts: Counter
-    successes: list[float]
-    lengths: np.ndarray
+    scored: Scored
     plan: Plan
 
     def demo(self, row: int) -> Candidate | None:
@@ -71,7 +70,7 @@ class Step:
             return 1
         if (demo := self.demo(row)) is not None:
             return len(demo[0].ids)
-        return self.lengths[self.groups[self.plan.question[row]].rows[self.plan.index[row]]]
+        return self.scored.lengths[self.groups[self.plan.question[row]].rows[self.plan.index[row]]]
 
     def other_log_probs(self) -> np.ndarray:
         """Mean log-prob of each row of the plan under other models; 0 where there is none. -> (rows,)"""
@@ -129,12 +128,14 @@ def hybrid(base):
             self.actor_rollout_wg.set_loss_fn(partial(hpt_loss, spec=self.hpt.loss_spec()))
 
         def _next_train_batch(self, *args, **kwargs):
-            """verl's next questions; the early gate gives those that fail again and again fewer rollouts."""
+            """verl's next questions; fewer rollouts for those whose rollouts teach nothing (``skipped_rollouts``)."""
             batch = super()._next_train_batch(*args, **kwargs)
             n = self.config.actor_rollout_ref.rollout.n
             full = demos.plain(batch[ROLLOUTS]) if ROLLOUTS in batch else [n] * len(batch)
             sources = batch["data_source"] if "data_source" in batch else [""] * len(batch)
-            spared = self.hpt.lifecycle.spared(sources, batch["raw_prompt"], full)
+            key = self.hpt.settings.demo.key
+            cells = [unpacked(demos.plain(cell)) for cell in batch[key]] if key in batch else [None] * len(batch)
+            spared = self.hpt.skipped_rollouts(self.global_steps, sources, batch["raw_prompt"], cells, full)
             if spared is not None:
                 left = [now - less for now, less in zip(full, spared, strict=True)]
                 for name, values in ((ROLLOUTS, left), (SPARED, spared)):
@@ -144,7 +145,9 @@ def hybrid(base):
         def _save_checkpoint(self):
             # Before verl's marker file: a checkpoint that counts has its history.
             trainer = self.config.trainer
-            self.hpt.lifecycle.save(os.path.join(trainer.default_local_dir, f"global_step_{self.global_steps}"))
+            folder = os.path.join(trainer.default_local_dir, f"global_step_{self.global_steps}")
+            self.hpt.lifecycle.save(folder)
+            self.hpt.alarms.save(folder)
             super()._save_checkpoint()
 
         def _load_checkpoint(self):
@@ -152,7 +155,9 @@ def hybrid(base):
             if self.global_steps > 0:
                 trainer = self.config.trainer
                 latest = os.path.join(trainer.default_local_dir, f"global_step_{self.global_steps}")
-                self.hpt.lifecycle.load(trainer.resume_from_path if trainer.resume_mode == "resume_path" else latest)
+                folder = trainer.resume_from_path if trainer.resume_mode == "resume_path" else latest
+                self.hpt.lifecycle.load(folder)
+                self.hpt.alarms.load(folder)
 
         def _compute_advantage(self, batch, metrics):
             own = {"algorithm.adv_estimator": "gae"} if self.hpt.method.uses_critic else {}
@@ -160,8 +165,9 @@ def hybrid(base):
                 return super()._compute_advantage(batch, metrics)
 
         def _update_actor(self, batch, metrics):
-            step = self._plan_step(batch)
-            metrics.update(of_plan(step.plan, step.questions, step.successes, step.counts))
+            settings = self.hpt.plan_settings(self.global_steps, self._ranks())
+            step = self._plan_step(batch, settings)
+            metrics.update(of_plan(step.plan, step.questions, settings, step.counts))
             written = []
             try:
                 mixed = self._write(batch, step, written)
@@ -173,30 +179,29 @@ def hybrid(base):
             of_update(metrics)
             metrics.update(
                 self.hpt.lifecycle.remember(
-                    self.global_steps, step.groups, step.questions, step.demos, step.plan, step.successes, step.counts
+                    self.global_steps, step.groups, step.questions, step.demos, step.plan, step.counts
                 )
             )
+            self.hpt.alarms.scored(step.questions, settings)
+            metrics.update(self.hpt.alarms.watch(self.global_steps, metrics))
             return batch
 
         # --- one step ----------------------------------------------------------------------------------------------
 
-        def _plan_step(self, batch) -> Step:
+        def _plan_step(self, batch, settings) -> Step:
             """Read what the gate needs, decide, plan."""
             groups = group_rows(batch.keys, [bool(tag.get("is_padding", False)) for tag in batch.tags])
-            settings = self.hpt.plan_settings(self.global_steps, self._ranks())
-            scores, returns, counted, lengths = self._read_rows(batch, groups)
             self._read_questions(batch, groups)
+            scored = self._read_rows(batch, groups)
             past = self.hpt.lifecycle.past(groups, self.global_steps)
             likelihoods = partial(self._likelihoods, batch) if self.hpt.choosing_pass else None
             questions, read, counts = questions_of(
-                groups, scores, returns, counted, self.hpt.reader, settings, self.global_steps, past, likelihoods
+                groups, scored, self.hpt.reader, settings, self.global_steps, past, likelihoods
             )
-            self.hpt.watch_success(scores[[row for group in groups for row in group.rows]])
-            successes = [settings.gate_of(question.source).success for question in questions]
-            return Step(groups, questions, read, counts, successes, lengths, plan(questions, settings))
+            return Step(groups, questions, read, counts, scored, plan(questions, settings))
 
-        def _read_rows(self, batch, groups):
-            """Score, return, counted tokens and tokens of each row; 0 where the row is verl's padding."""
+        def _read_rows(self, batch, groups) -> Scored:
+            """What is known of each row; 0 where it is verl's padding."""
             rows = np.array([row for group in groups for row in group.rows], dtype=int)
             in_reward = self.config.algorithm.use_kl_in_reward
             names = ["rm_scores", "loss_mask", *(["token_level_rewards"] if in_reward else [])]
@@ -209,15 +214,49 @@ def hybrid(base):
 
             scores, lengths = sums("rm_scores"), np.zeros(len(batch.keys), dtype=int)
             lengths[rows] = data["loss_mask"].offsets().diff().numpy()
-            return scores, sums("token_level_rewards") if in_reward else scores, sums("loss_mask"), lengths
+            returns = sums("token_level_rewards") if in_reward else scores
+            truncated, metric = self._truncated(batch, groups, lengths), self._gate_metric(batch, groups, scores)
+            return Scored(scores, returns, sums("loss_mask"), lengths, truncated, metric)
+
+        def _truncated(self, batch, groups, lengths: np.ndarray) -> np.ndarray:
+            """Rows that were cut: their response fills the length limit, and its last token is no stop id."""
+            full = [row for g in groups for row in g.rows if lengths[row] >= self.hpt.length_limit(len(g.prompt))]
+            truncated = np.zeros(len(batch.keys), dtype=bool)
+            if full:
+                keys = [batch.keys[row] for row in full]
+                data = tq.kv_batch_get(keys, batch.partition_id, select_fields=["responses"])
+                truncated[full] = [int(response[-1]) not in self.hpt.stops for response in data["responses"].unbind()]
+            return truncated
+
+        def _gate_metric(self, batch, groups, scores: np.ndarray) -> np.ndarray | None:
+            """``hpt.gate.metric`` of each row, from its reward function's extra info; None where no gate reads one."""
+            named = [(group, row, self.hpt.metric_of(group.source)) for group in groups for row in group.rows]
+            named = [one for one in named if one[2] is not None]
+            if not named:
+                return None
+            keys = [batch.keys[row] for _, row, _ in named]
+            names = {"extra_fields", *(name for _, _, name in named)} & self._fields_of(keys, batch.partition_id)
+            data = tq.kv_batch_get(keys, batch.partition_id, select_fields=sorted(names))
+            columns = {name: list(data[name]) for name in names}
+            numbers = scores.copy()
+            for i, (group, row, name) in enumerate(named):
+                info = {key: values[i] for key, values in columns.items() if key != "extra_fields"}
+                if "extra_fields" in columns:
+                    info |= demos.plain(columns["extra_fields"][i]).get("reward_extra_info") or {}
+                numbers[row] = gate_metric(group, name, info)
+            return numbers
+
+        def _fields_of(self, keys, partition) -> set[str]:
+            """Columns that these rows have in TransferQueue."""
+            meta = KVBatchMeta(partition_id=partition, keys=keys, tags=[{} for _ in keys])
+            return set(kv_batch_meta2batch_meta(meta).field_names)
 
         def _read_questions(self, batch, groups) -> None:
             """Prompt, identity and dataset columns of each group, from its first rollout."""
             if not groups:
                 return
             leaders = [batch.keys[group.rows[0]] for group in groups]
-            meta = KVBatchMeta(partition_id=batch.partition_id, keys=leaders, tags=[{} for _ in leaders])
-            there = set(kv_batch_meta2batch_meta(meta).field_names)
+            there = self._fields_of(leaders, batch.partition_id)
             names = [name for name in self.hpt.question_fields() if name in there]
             data = tq.kv_batch_get(leaders, batch.partition_id, select_fields=names)
             prompts = [prompt.numpy() for prompt in data["prompts"].unbind()]
