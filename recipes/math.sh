@@ -13,7 +13,8 @@
 #            times a rollout's; the metric hpt/demo_to_rl_weight tells), 0.3 times that for 1.5B, as published.
 #            sft and sft_then_grpo: both stages take the settings above; the paper's own SFT settings may differ.
 # OFFICIAL=1 (hpt, luffy, srft) as the published code computes it: rollouts' tokens summed over a fixed 8,192, no
-#            clip (a range so wide that it never fires: verl bounds ratios at e^20 = 4.9e8), and λ = 16 (4.8 for 1.5B).
+#            clip (a range so wide that it never fires: verl bounds ratios at e^20 = 4.9e8), answers that were cut at the
+#            length limit counted as solved where the grader accepts them, and λ = 16 (4.8 for 1.5B).
 #            That code averages demonstrations within a micro-batch, so that their weight grows with the number of
 #            micro-batches and ranks; on its 8 ranks its λ of 1 was worth 6 to 38. srft: its variant beside HPT
 #            (`srft_hpt`), whose own worth was not worked out: the same 16.
@@ -69,6 +70,7 @@ train() {
     grpo) args=() ;;
   esac
   if [ "$OFFICIAL" = 1 ]; then
+    args+=(++hpt.gate.finished=false)
     args+=(++hpt.normalization=official actor_rollout_ref.actor.clip_ratio_low=1.0)
     args+=(actor_rollout_ref.actor.clip_ratio_high=1e9 actor_rollout_ref.actor.clip_ratio_c=1e9)
     case $method in

@@ -5,7 +5,8 @@ import logging
 import numpy as np
 import pytest
 
-from verl_hpt.alarms import ALARMS, PREFIX, Alarms
+from verl_hpt.alarms import ALARMS, FILE, PREFIX, Alarms
+from verl_hpt.errors import UserError
 from verl_hpt.estimator import METHODS
 from verl_hpt.gate import GateSettings
 from verl_hpt.mixing import PlanSettings, Question
@@ -131,3 +132,10 @@ def test_alarms_go_on_after_a_resume_where_they_were(tmp_path, caplog):
     third = Alarms()
     third.load(str(tmp_path))  # a checkpoint of an earlier release has none
     assert third.held == Alarms().held
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"held": 1, "said": [], "first": {}, "best": {}}', "{"])
+def test_a_damaged_file_is_named_with_what_to_do(tmp_path, text):
+    (tmp_path / FILE).write_text(text)
+    with pytest.raises(UserError, match=rf"{FILE} cannot be read .*delete it"):
+        Alarms().load(str(tmp_path))

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from verl_hpt import config
+from verl_hpt.alarms import ALARMS
 from verl_hpt.cli import COMMANDS
 from verl_hpt.estimator import METHODS
 from verl_hpt.explain import explain
@@ -29,7 +30,7 @@ def test_every_module_is_in_the_file_tree():
 def test_every_setting_and_every_method_is_named():
     for field in dataclasses.fields(config.Settings):
         assert f"`hpt.{field.name}" in README or f"hpt.{field.name}." in README, field.name
-    for kind, prefix in ((config.Gate, "gate"), (config.Demo, "demo")):
+    for kind, prefix in ((config.Gate, "gate"), (config.Demo, "demo"), (config.Rollouts, "rollouts")):
         for field in dataclasses.fields(kind):
             assert f"`hpt.{prefix}.{field.name}`" in README or f"`.{field.name}`" in README, f"{prefix}.{field.name}"
     for name in METHODS:
@@ -57,3 +58,9 @@ def test_what_explain_is_said_to_print_is_what_it_prints():
     told = explain(json.loads(case))
     rows = [{k: v for k, v in row.items() if k != "coefficient"} for row in told["rows"]]
     assert [json.loads(line) for line in printed.splitlines()] == [*rows, *told["dropped"], told["loss"]]
+
+
+def test_every_alarm_is_in_the_table_of_what_goes_wrong():
+    table = README.split("## When it goes wrong")[1].split("\n## ")[0]
+    rows = dict(re.findall(r"\| `(\w+)` \| [^|]*, (\d+) \|", table))
+    assert {name: int(steps) for name, steps in rows.items()} == {n: alarm.steps for n, alarm in ALARMS.items()}

@@ -178,3 +178,19 @@ def test_a_line_that_is_no_answer_is_named(tmp_path):
     with pytest.raises(UserError, match=r"0\.jsonl, line 2: not an answer of verl's validation"):
         report_answers.answers(str(tmp_path))
     assert report_answers.answers(str(tmp_path / "nothing")) is None
+
+
+def test_alarms_of_a_run_are_told_since_when_and_what_to_set(tmp_path, capsys):
+    lines = [
+        {"step": step, "data": {"hpt/solve_rate": 0.5, "hpt/alarm/length": float(step > 3), "hpt/alarm/entropy": 0.0}}
+        for step in range(1, 7)
+    ]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert report.main([str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["alarms"] == {
+        "length": {"first_step": 4, "steps": 3}
+    }
+    out = capsys.readouterr().out
+    assert "run: alarm length since step 4 (3 steps): rollouts are more than twice as long" in out
+    assert "To mend it, set hpt.rollouts.truncated" in out and "entropy" not in out

@@ -11,9 +11,13 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
+from verl_hpt.errors import UserError
 from verl_hpt.gate import solved
-from verl_hpt.mixing import PlanSettings, Question
+
+if TYPE_CHECKING:  # `verl-hpt report` reads the table below and needs no torch
+    from verl_hpt.mixing import PlanSettings, Question
 
 logger = logging.getLogger(__name__)
 
@@ -21,47 +25,55 @@ FILE = "hpt_alarms.json"
 PREFIX = "hpt/alarm/"
 REFERENCE_STEPS = 5  # the first steps of a run, whose mean length and entropy later ones are compared with
 
-# Name -> (steps in a row that it must hold, what it says, what to set).
+
+class Alarm(NamedTuple):
+    """steps: how many in a row it must hold; says: what it means; remedy: what to set."""
+
+    steps: int
+    says: str
+    remedy: str
+
+
 ALARMS = {
-    "truncated_success": (
+    "truncated_success": Alarm(
         3,
         "more than a quarter of the rollouts that reach gate.success were cut at the length limit: the reward pays "
         "answers that never end",
         "keep hpt.gate.finished=true, set hpt.rollouts.truncated=unsolved or mask, or data.max_response_length higher",
     ),
-    "all_truncated": (
+    "all_truncated": Alarm(
         5,
         "every rollout is cut at the length limit: none can count as solved",
         "set data.max_response_length higher; check that the model's stop tokens are those of its chat template; or "
         "set hpt.gate.finished=false where your agent loop always fills the limit",
     ),
-    "length": (
+    "length": Alarm(
         3,
         "rollouts are more than twice as long as in the first steps, and more than half of them are cut",
         "set hpt.rollouts.truncated=unsolved or mask, look at what the reward pays, lower the learning rate",
     ),
-    "entropy": (
+    "entropy": Alarm(
         3,
         "the policy's entropy is more than twice that of the first steps and 1 nat above it",
         "set actor.entropy_coeff to 0, keep the clip range, lower the learning rate or hpt.demo_coef",
     ),
-    "clipped": (
+    "clipped": Alarm(
         5,
         "more than 30% of the rollouts' tokens are clipped: the policy moves too far in one update",
         "lower the learning rate or actor.ppo_epochs, or set a larger actor.ppo_mini_batch_size",
     ),
-    "all_demos": (
+    "all_demos": Alarm(
         20,
         "every question trains on its demonstration, step after step: no reinforcement takes place",
         "look at hpt/solve_rate; set hpt.gate.success to what your reward pays, or take easier questions",
     ),
-    "never_solved": (
+    "never_solved": Alarm(
         20,
         "no rollout of a data source has ever reached gate.success",
         "set hpt.gate.success (or the source's own in hpt.per_source) to what your reward pays for a right answer, or "
         "hpt.gate.metric to what says so",
     ),
-    "one_signal": (
+    "one_signal": Alarm(
         5,
         "rollouts and demonstrations both train, and more than 99% of the gradient comes from one of them",
         "set hpt.demo_coef higher or lower; hpt/demo_to_rl_weight is the ratio of their weights",
@@ -92,7 +104,7 @@ class Alarms:
                 detail = self._unsolved() if name == "never_solved" else f"{patience} steps in a row"
                 logger.warning("alarm %s at step %d: %s (%s). To mend it, %s", name, step, says, detail, remedy)
         streak = {"hpt/all_demo_streak": float(self.held["all_demos"])}
-        return streak | {PREFIX + name: float(self.held[name] >= ALARMS[name][0]) for name in ALARMS}
+        return streak | {PREFIX + name: float(self.held[name] >= ALARMS[name].steps) for name in ALARMS}
 
     def scored(self, questions: Sequence[Question], settings: PlanSettings) -> None:
         """Take in the largest score that each data source's rollouts reached at a step."""
@@ -150,12 +162,20 @@ class Alarms:
             json.dump(state, file)
 
     def load(self, folder: str) -> None:
-        """Take it from a checkpoint's folder; one without it starts anew."""
+        """Take it from a checkpoint's folder; one without it starts anew.
+
+        Raises:
+            UserError: the file is damaged; names it.
+        """
         path = os.path.join(folder, FILE)
         if not os.path.exists(path):
             return
-        with open(path, encoding="utf-8") as file:
-            state = json.load(file)
-        self.held = {name: int(state["held"].get(name, 0)) for name in ALARMS}
-        self.said, self.first = set(state["said"]), state["first"]
-        self.best = {source: tuple(pair) for source, pair in state["best"].items()}
+        try:
+            with open(path, encoding="utf-8") as file:
+                state = json.load(file)
+            self.held = {name: int(state["held"].get(name, 0)) for name in ALARMS}
+            self.said = set(state["said"])
+            self.first = {name: [float(x) for x in state["first"][name]] for name in self.first}
+            self.best = {source: (float(best), float(success)) for source, (best, success) in state["best"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} cannot be read ({error!r}); delete it to let the alarms start anew") from error

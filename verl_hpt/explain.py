@@ -12,8 +12,8 @@ Every key of ``hpt`` is optional (``rl_length_scale``: the longest row); ``actor
 clip_ratio_high and clip_ratio_c. log_prob, old_log_prob, ref_log_prob, teacher_log_prob, entropy, advantage (what a
 critic would give) and token_weights (of demonstrations) are a number for every token or a list; old_log_prob is
 log_prob by default. other_log_prob is one number a demonstration. A rollout may say ``truncated`` (true: it was cut at
-the length limit) and ``metric`` (what ``hpt.gate.metric`` reads), a question ``skipped_rollouts`` (rollouts that
-verl-hpt did not have sampled); ``step`` of the case (default 1) is the step that schedules are read at.
+the length limit) and ``metric`` (what ``hpt.gate.metric`` reads), a question ``skipped_rollouts`` (rollouts that were
+not sampled: early gate, SFT phase); ``step`` of the case (default 1) is the step that schedules are read at.
 """
 
 from __future__ import annotations

@@ -95,9 +95,7 @@ def gate_metric(group: Group, name: str, info: Mapping) -> float:
     if isinstance(value, int | float) and math.isfinite(value):  # True and False are 1 and 0
         return float(value)
     if name in info:
-        raise UserError(
-            f"{group.named()}: hpt.gate.metric={name!r} is {value!r} on a rollout; it must be a number"
-        )
+        raise UserError(f"{group.named()}: hpt.gate.metric={name!r} is {value!r} on a rollout; it must be a number")
     raise UserError(
         f"{group.named()}: hpt.gate.metric={name!r} is not in the reward function's extra info; it has "
         f"{', '.join(sorted(map(str, info))) or 'nothing'}"

@@ -16,6 +16,7 @@ import re
 import sys
 
 from verl_hpt import report_answers
+from verl_hpt.alarms import ALARMS, PREFIX
 from verl_hpt.errors import UserError
 
 METRICS = "metrics.jsonl"
@@ -120,10 +121,16 @@ def summarize(run_dir: str) -> dict:
     for step, data in rows:
         for source, value in validation(data).items():
             by_source.setdefault(source, []).append([step, value])
+    fired: dict[str, list[int]] = {}
+    for step, data in rows:
+        for name in ALARMS:
+            if data.get(PREFIX + name):
+                fired.setdefault(name, []).append(step)
     seconds = [n for _, data in rows if (n := _number(data.get("timing_s/step"))) is not None]
     return {
         **found,
         "validation_by_source": by_source,
+        "alarms": {name: {"first_step": steps[0], "steps": len(steps)} for name, steps in fired.items()},
         "steps": max(step for step, _ in rows),
         "seconds_of_steps": round(sum(seconds), 1),
     }
@@ -179,6 +186,16 @@ def benchmarks(summaries: dict[str, dict]) -> str:
         cells = [f"{last[source]:.1f}" if source in last else "–" for source in sets]
         rows.append([name, *cells, f"{sum(last.values()) / len(sets):.1f}" if len(last) == len(sets) else "–"])
     return _aligned(rows)
+
+
+def alarms(summaries: dict[str, dict]) -> str:
+    """The alarms of each run: since when, at how many steps, what it means and what to set; "" where there is none."""
+    return "\n".join(
+        f"{name}: alarm {alarm} since step {found['first_step']} ({found['steps']} steps): {ALARMS[alarm].says}. "
+        f"To mend it, {ALARMS[alarm].remedy}"
+        for name, summary in summaries.items()
+        for alarm, found in summary["alarms"].items()
+    )
 
 
 def _aligned(rows: list[list[str]]) -> str:
@@ -297,6 +314,8 @@ def main(argv: list[str]) -> int:
     print(table(summaries))
     if sets := benchmarks(summaries):
         print(f"\nlast avg@N of each validation set, in percent\n{sets}")
+    if fired := alarms(summaries):
+        print(f"\n{fired}")
     for name, run_dir in zip(names(args.run_dirs), args.run_dirs, strict=True):
         if found := report_answers.answers(run_dir):
             print(f"\n{name}: answers of the last validation, in percent\n{_aligned(report_answers.table(found))}")
