@@ -1,7 +1,7 @@
 """Loaded in every process of a training (VERL_USE_EXTERNAL_MODULES=live): switches the method, records the loss.
 
 LIVE_METHODS="hpt;sft;…": each trains ``LIVE_STEPS`` steps, in turn, in one trainer; a name may be followed by settings,
-as in ``hpt gate.threshold=0.5``. LIVE_FOLDER: where plans and loss inputs are written, a file a step.
+as in ``hpt gate.threshold=0.5``. LIVE_FOLDER: where plans, verl's rows and loss inputs are written, a file a step.
 """
 
 import functools
@@ -24,8 +24,30 @@ def plan_as_json(step) -> list[dict]:
             continue
         q = step.plan.question[row]
         names = ("kind", "index", "w_rl", "w_demo", "reward", "tokens")
-        rows.append({name: getattr(step.plan, name)[row].item() for name in names} | {"question": step.groups[q].key})
+        told = {name: getattr(step.plan, name)[row].item() for name in names} | {"question": step.groups[q].key}
+        if told["kind"] == 0:
+            told["row"] = step.groups[q].rows[told["index"]]
+        rows.append(told)
     return rows
+
+
+# What verl and its engine wrote of each rollout; those that a run has are recorded.
+ROLLOUT_FIELDS = (
+    "rm_scores", "token_level_rewards", "values", "advantages", "response_mask", "loss_mask", "old_log_probs",
+    "rollout_log_probs", "ref_log_prob", "rollout_is_weights",
+)  # fmt: skip
+
+
+def rollouts_as_json(trainer, batch) -> dict:
+    """The rows of verl's batch as TransferQueue has them, and the keys of ours that it still has."""
+    keys = list(trainer.tq.kv_list(batch.partition_id)[batch.partition_id])
+    there = trainer.kv_batch_meta2batch_meta(batch).field_names
+    data = trainer.tq.kv_batch_get(
+        batch.keys, batch.partition_id, select_fields=[name for name in ROLLOUT_FIELDS if name in there]
+    )
+    columns = {name: [row.tolist() for row in data[name].unbind()] for name in data.keys()}
+    padding = [bool(tag.get("is_padding", False)) for tag in batch.tags]
+    return {"ours": [key for key in keys if key.startswith("hpt")], "keys": len(keys), "padding": padding} | columns
 
 
 @wrapt.when_imported("verl_hpt.trainer")
@@ -56,6 +78,15 @@ def _switch(trainer):
                 self.hpt.meet(self.tokenizer)
                 self.actor_rollout_wg.set_loss_fn(trainer.partial(trainer.hpt_loss, spec=self.hpt.loss_spec()))
 
+            def _update_actor(self, batch, metrics):
+                out = super()._update_actor(batch, metrics)
+                whole = trainer.KVBatchMeta(
+                    partition_id=batch.partition_id, keys=batch.keys, tags=[{} for _ in batch.keys]
+                )
+                whole.tags[:] = batch.tags
+                (FOLDER / f"rollouts_{self.global_steps}.json").write_text(json.dumps(rollouts_as_json(trainer, whole)))
+                return out
+
             def _write(self, batch, step, written):
                 out = {"method": self.hpt.method.name, "rows": plan_as_json(step)}
                 (FOLDER / f"plan_{self.global_steps}.json").write_text(json.dumps(out))
@@ -84,6 +115,8 @@ def _record(loss):
         rows = data.select(*spec.fields).to_padded_tensor()
         record = {k: v.tolist() for k, v in padded.items()}
         record |= {k: rows[k].tolist() for k in spec.fields} | {"clip": vars(spec.constants)}
+        if "temperature" in data.keys() and isinstance(data["temperature"], torch.Tensor):
+            record["temperature"] = data["temperature"].tolist()
         number = len(list(FOLDER.glob(f"loss_{os.getpid()}_*.json")))
         (FOLDER / f"loss_{os.getpid()}_{number:03d}.json").write_text(json.dumps(record))
         return inner(model_output, data, dp_group, spec=spec)

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from verl_hpt.estimator import METHODS
 from verl_hpt.explain import explain
-from verl_hpt.loss import TEACHER, WEIGHTS
+from verl_hpt.loss import ROW_COLUMNS, ROW_FIELD, TEACHER, WEIGHTS
 
 HERE = Path(__file__).parent
 SERVED = ("ppo", "asft")
@@ -84,8 +84,18 @@ def weights(training: Training, step: int) -> torch.Tensor:
     return torch.cat([getattr(x, "_local_tensor", x).flatten().float() for x in state.values()])
 
 
+def rollouts(folder: Path, step: int) -> dict:
+    """verl's rows of a step, see ``live.rollouts_as_json``."""
+    return json.loads((folder / "records" / f"rollouts_{step}.json").read_text())
+
+
 def check(training: Training, methods: list[str]) -> None:
     metrics = training.metrics()
+    records = training.folder.parent
+    for step in range(1, STEPS * len(methods) + 1):
+        if (records / "records" / f"rollouts_{step}.json").exists():
+            left = rollouts(records, step)
+            assert left["ours"] == [] and left["keys"] > 0, f"step {step}: rows of ours are left in TransferQueue"
     before = None
     for turn, name in enumerate(methods):
         steps = range(turn * STEPS + 1, (turn + 1) * STEPS + 1)
@@ -209,3 +219,73 @@ def test_methods_with_critic_and_reference_train_with_every_extreme_on(tmp_path,
     with_rollouts = metrics[3 * STEPS]  # hpt; sessions on record as lost leave groups of two
     assert with_rollouts["hpt/kl_loss"] > 0 and with_rollouts["hpt/entropy_bonus"] > 0
     assert any(m.get("hpt/rows/rollouts", 0) % 3 for m in metrics.values())
+    ppo_trains_on_generalised_advantages(tmp_path, range(2, STEPS + 1))
+    every_row_is_scored_at_its_own_temperature(tmp_path)
+
+
+def ppo_trains_on_generalised_advantages(folder: Path, steps: range) -> None:
+    """Â of each token that the loss got is GAE with γ = λ = 1 of verl's values and scores, whitened over the batch."""
+    for step in steps:
+        verl = rollouts(folder, step)
+        raw = {}
+        for row, pads in enumerate(verl["padding"]):
+            if not pads:  # with γ = λ = 1 the advantage is the return to come less the value
+                to_come = torch.tensor(verl["rm_scores"][row]).flip(0).cumsum(0).flip(0)
+                raw[row] = to_come - torch.tensor(verl["values"][row])
+        tokens = torch.cat(list(raw.values()))
+        whitened = {row: (x - tokens.mean()) / (tokens.var() + 1e-8).sqrt() for row, x in raw.items()}
+        seen = 0
+        for plan, record in updates(folder, step):
+            for planned, place in plan:
+                expected = whitened[planned["row"]]
+                assert record["advantages"][place][: len(expected)] == pytest.approx(expected.tolist(), abs=1e-4)
+                assert len(set(expected.tolist())) > 1 or len(expected) == 1, "a number a token"
+                seen += 1
+        assert seen >= 2 * len(raw), "two epochs"
+
+
+def updates(folder: Path, step: int):
+    """(rollouts of the plan with their place in the record, record) of each call of the loss at a step.
+
+    A call has the rows of one micro-batch; a row is known by its score, its old log-probs and its tokens.
+    """
+    plan = json.loads((folder / "records" / f"plan_{step}.json").read_text())["rows"]
+    verl = rollouts(folder, step)
+    for record in records_of(folder, step):
+        found = []
+        for place, mask in enumerate(record["response_mask"]):
+            n = int(sum(mask))
+            for planned in plan:
+                if planned["kind"] == 0 and n == planned["tokens"]:
+                    old = verl["old_log_probs"][planned["row"]]
+                    if record["old_log_probs"][place][:n] == pytest.approx(old[:n], abs=1e-7):
+                        found.append((planned, place))
+                        break
+        yield found, record
+
+
+def records_of(folder: Path, step: int) -> list[dict]:
+    """Calls of the loss at a step, in order: those written after the step's plan and before its rows."""
+    records = folder / "records"
+    begin = (records / f"plan_{step}.json").stat().st_mtime_ns
+    end = (records / f"rollouts_{step}.json").stat().st_mtime_ns
+    made = sorted((p.stat().st_mtime_ns, p) for p in records.glob("loss_*.json"))
+    return [json.loads(p.read_text()) for at, p in made if begin <= at <= end]
+
+
+def every_row_is_scored_at_its_own_temperature(folder: Path) -> None:
+    """Rollouts at T = 0.8, demonstrations at T = 1: as the column says, and as the log-probs of two passes agree."""
+    compared = {0.8: 0, 1.0: 0}
+    for step in range(2, STEPS * 6 + 1):
+        first, *rest = records_of(folder, step)
+        for record in (first, *rest):
+            if "temperature" in record:
+                wanted = [1.0 if row[ROW_COLUMNS.index("is_demo")] else 0.8 for row in record[ROW_FIELD]]
+                assert record["temperature"] == pytest.approx(wanted)
+        # Before the first optimizer step π_θ is π_old, whose pass was made at the row's temperature too.
+        for place, mask in enumerate(first["response_mask"]):
+            n, old = int(sum(mask)), first["old_log_probs"][place]
+            if n and any(old[:n]):  # methods that read no old log-probs of demonstrations have zeros there
+                assert first["log_prob"][place][:n] == pytest.approx(old[:n], abs=2e-5)
+                compared[first["temperature"][place] if "temperature" in first else 0.8] += 1
+    assert min(compared.values()) > 0, compared
