@@ -8,18 +8,17 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
-import types
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from verl_hpt.demo_columns import DemoColumns
-from verl_hpt.errors import UserError
+from verl_hpt.errors import UserError, raise_all
 from verl_hpt.estimator import METHODS, OFF_ZONE, Method, Term, estimator_of
 from verl_hpt.gate import GATES, GateSettings
 from verl_hpt.normalize import NORMALIZATIONS
-from verl_hpt.parts import Constants
+from verl_hpt.parts import RANGES, Constants
+from verl_hpt.typed import WRONG, build, nearest
 
 
 @dataclass(frozen=True)
@@ -159,6 +158,16 @@ class SourceSettings:
 
 
 @dataclass(frozen=True)
+class ComposedTerm:
+    """A term on demonstrations. estimator: as a composed method's rollouts; the advantage is unit by default, except
+    that an R term's parts without one have ``centered``."""
+
+    kind: Literal["S", "R"]
+    scale: float = 1.0
+    estimator: str | dict[str, str] = field(default_factory=lambda: {"advantage": "unit"})
+
+
+@dataclass(frozen=True)
 class Compose:
     """A method put together by hand: estimators by name or by their four parts.
 
@@ -167,7 +176,7 @@ class Compose:
     """
 
     rollouts: str | dict[str, str] | None = "dr_grpo"
-    demos: list[dict[str, Any]] = field(default_factory=list)
+    demos: list[ComposedTerm] = field(default_factory=list)
     place: Literal["separate", "group"] = "separate"
     when: Literal["gate", "always", "never", "soft", "unrewarded", "own"] = "gate"
     normalization: str = "question"
@@ -197,18 +206,21 @@ def load(node: Mapping | None) -> Settings:
     """Settings from the plain dictionary of node ``hpt``.
 
     Raises:
-        UserError: an unknown or ill-typed key, or a value out of its range: the key, the value and the choices.
+        UserError: every unknown or ill-typed key and every value out of its range: the key, the value, the choices.
     """
-    node = dict(node or {})
-    if isinstance(node.get("per_source"), Mapping):
-        node["per_source"] = {
-            source: {**own, "gate": _over(node.get("gate") or {}, own.get("gate") or {})}
+    node, problems = {} if node is None else node, []
+    if isinstance(node, Mapping) and isinstance(node.get("per_source"), Mapping):
+        sources = {
+            source: {**own, "gate": _over(node.get("gate", {}), own.get("gate", {}))}
             if isinstance(own, Mapping)
             else own
             for source, own in node["per_source"].items()
         }
-    settings = _build(Settings, node, "hpt")
-    _check(settings)
+        node = {**node, "per_source": sources}
+    settings = build(Settings, node, "hpt", problems)
+    if settings is not WRONG:
+        _check(settings, problems)
+    raise_all(problems, "these settings cannot work:")
     return settings
 
 
@@ -237,7 +249,7 @@ def resolve_method(settings: Settings) -> Method:
         method = METHODS[settings.method]
     else:
         raise UserError(f"hpt.method={settings.method!r} is unknown; one of {', '.join(METHODS)}")
-    gates = [settings.gate, *(own.gate for own in settings.per_source.values())]
+    gates, problems = [settings.gate, *(own.gate for own in settings.per_source.values())], []
     if any(gate.off is not None for gate in gates):
         if method.when != "gate":
             raise UserError(f"hpt.gate.off is set, but method {method.name!r} has no gate (when={method.when!r})")
@@ -245,21 +257,33 @@ def resolve_method(settings: Settings) -> Method:
     for gate in gates:
         for key, name in (("function", gate.function), ("soft", gate.soft)):
             if isinstance(name, str) and name not in GATES:
-                raise UserError(
+                problems.append(
                     f"hpt.gate.{key}={name!r} is not registered; known: {', '.join(GATES)}. Name the module that "
                     "registers it in hpt.modules"
                 )
-        if gate.function is not None:
+        if gate.function in GATES:
             first = GATES[gate.function](0, 1, gate.at(0))
             terms = (method.term("R") if first.off else None, method.term("S") if first.sft else None)
             if (first.off or first.sft) and not first.on and not any(terms):
-                raise UserError(
+                problems.append(
                     f"hpt.gate.function={gate.function!r} gives an unsolved question a share of a term that method "
                     f"{method.name!r} has not (off {first.off:g}: R, sft {first.sft:g}: S), and it would be dropped"
                 )
     if any(gate.soft is not None for gate in gates) and method.when != "soft":
-        raise UserError(f"hpt.gate.soft is set, but method {method.name!r} does not read it; set hpt.method=hpt_soft")
+        problems.append(f"hpt.gate.soft is set, but method {method.name!r} does not read it; set hpt.method=hpt_soft")
+    raise_all(list(dict.fromkeys(problems)), f"method {method.name!r} and its gates do not fit:")
     return method
+
+
+def clips(actor: Mapping) -> dict[str, Any]:
+    """Clip range and dual clip of verl's ``actor.*``, as its losses read them: clip_ratio where low or high is null."""
+    low, high = (actor.get(name) for name in ("clip_ratio_low", "clip_ratio_high"))
+    both = actor.get("clip_ratio")
+    return {
+        "clip_low": both if low is None else low,
+        "clip_high": both if high is None else high,
+        "clip_c": actor.get("clip_ratio_c"),
+    }
 
 
 def constants(settings: Settings, clip_low: float = 0.2, clip_high: float = 0.2, clip_c: float = 3.0) -> Constants:
@@ -272,25 +296,23 @@ def _composed(compose: Compose) -> Method:
         rollouts = None if compose.rollouts is None else estimator_of(compose.rollouts, "hpt.compose.rollouts")
         terms = []
         for i, term in enumerate(compose.demos):
-            where = f"hpt.compose.demos[{i}]"
-            unknown = set(term) - {"kind", "scale", "estimator"}
-            if unknown or term.get("kind") not in ("S", "R"):
-                raise UserError(f"{where}: needs kind (S or R), scale and estimator; got {dict(term)}")
-            estimator = estimator_of(term.get("estimator", {"advantage": "unit"}), f"{where}.estimator")
-            terms.append(Term(term["kind"], estimator, float(term.get("scale", 1.0))))
+            parts = term.estimator
+            if term.kind == "S" and isinstance(parts, Mapping):
+                parts = {"advantage": "unit", **parts}
+            estimator = estimator_of(parts, f"hpt.compose.demos[{i}].estimator")
+            terms.append(Term(term.kind, estimator, term.scale))
         return Method("composed", rollouts, tuple(terms), compose.place, compose.when, compose.normalization)
-    except UserError:
-        raise
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def _check(settings: Settings) -> None:
-    """Ranges and choices that types do not say."""
+def _check(settings: Settings, problems: list[str]) -> None:
+    """Ranges and choices that types do not say; problems gains those of keys that it does not name yet."""
+    named = tuple(problems)
 
     def need(ok: bool, key: str, value: Any, what: str) -> None:
-        if not ok:
-            raise UserError(f"hpt.{key}={value!r}: must be {what}")
+        if not ok and not any(problem.startswith(tuple(f"hpt.{key}{end}" for end in "=.[:")) for problem in named):
+            problems.append(f"hpt.{key}={value!r}: must be {what}")
 
     need(
         settings.normalization in (None, *NORMALIZATIONS),
@@ -301,8 +323,17 @@ def _check(settings: Settings) -> None:
     scale = settings.rl_length_scale
     need(scale is None or scale > 0, "rl_length_scale", scale, "null (data.max_response_length) or above 0")
     allowed = {f.name for f in dataclasses.fields(Constants)} - {"clip_low", "clip_high", "clip_c"}
-    for name in settings.options:
-        need(name in allowed, f"options.{name}", settings.options[name], f"one of {', '.join(sorted(allowed))}")
+    for name, value in settings.options.items():
+        choices = f"one of {', '.join(sorted(allowed))}{nearest(name, allowed)}"
+        ok, what = RANGES[name] if name in allowed else (lambda _: False, choices)
+        need(ok(value), f"options.{name}", value, what)
+    for name in settings.modules:
+        need(all(part.isidentifier() for part in name.split(".")), "modules", name, "names of modules, as in import")
+    if settings.compose is not None:
+        need(settings.compose.normalization in NORMALIZATIONS, "compose.normalization", settings.compose.normalization,
+             f"one of {', '.join(NORMALIZATIONS)}")  # fmt: skip
+        for i, term in enumerate(settings.compose.demos):
+            need(term.scale > 0, f"compose.demos[{i}].scale", term.scale, "above 0; or leave the term out")
     for where, gate in [("gate", settings.gate)] + [
         (f"per_source.{s}.gate", o.gate) for s, o in settings.per_source.items()
     ]:
@@ -311,9 +342,7 @@ def _check(settings: Settings) -> None:
                  gate.soft, "a table of at least two rows (on, off, sft), none negative")  # fmt: skip
         for name in ("threshold", "off"):
             value = getattr(gate, name)
-            need(all(map(math.isfinite, _numbers(value))), f"{where}.{name}", value, "finite")
             _check_schedule(need, f"{where}.{name}", value)
-        need(math.isfinite(gate.success), f"{where}.success", gate.success, "finite")
     need(settings.demo.per_question >= 1, "demo.per_question", settings.demo.per_question, "at least 1")
     by_column = settings.demo.select == "likelihood" and settings.demo.likelihood_of == "column"
     need(not by_column or settings.demo.log_likelihood is not None, "demo.log_likelihood", None,
@@ -338,76 +367,6 @@ def _check_schedule(need: Callable, key: str, value: float | Schedule | None) ->
     if isinstance(value, Schedule):
         need(value.steps >= 1, f"{key}.steps", value.steps, "at least 1")
         need(value.warmup >= 0, f"{key}.warmup", value.warmup, "at least 0 (steps)")
-
-
-def _build(kind: Any, value: Any, path: str) -> Any:
-    """A value of the wanted type, or a UserError that names the path, the value and what it may be."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, Mapping):
-            raise UserError(f"{path}={value!r}: must be a mapping with keys {', '.join(_keys(kind))}")
-        hints = typing.get_type_hints(kind)
-        for key in value:
-            if key not in hints:
-                raise UserError(f"{path}.{key}: unknown key (value {value[key]!r}); one of {', '.join(_keys(kind))}")
-        built = {key: _build(hints[key], item, f"{path}.{key}") for key, item in value.items()}
-        missing = [f.name for f in dataclasses.fields(kind) if _required(f) and f.name not in built]
-        if missing:
-            raise UserError(f"{path}: needs {', '.join(missing)}; got {', '.join(value) or 'nothing'}")
-        return kind(**built)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        wanted = [arg for arg in args if arg is not type(None)]
-        if isinstance(value, Mapping):  # the error of the one that could fit is the helpful one
-            wanted = [
-                arg for arg in wanted if dataclasses.is_dataclass(arg) or typing.get_origin(arg) is dict
-            ] or wanted
-        if len(wanted) == 1:
-            return _build(wanted[0], value, path)
-        for arg in wanted:
-            try:
-                return _build(arg, value, path)
-            except UserError:
-                continue
-        raise UserError(f"{path}={value!r}: must be {_name(kind)}")
-    if origin is Literal:
-        if value in args:
-            return value
-        raise UserError(f"{path}={value!r}: must be one of {', '.join(map(str, args))}")
-    if origin is list:
-        if isinstance(value, (list, tuple)):
-            return [_build(args[0], item, f"{path}[{i}]") for i, item in enumerate(value)]
-        raise UserError(f"{path}={value!r}: must be a list")
-    if origin is dict:
-        if isinstance(value, Mapping):
-            return {str(key): _build(args[1], item, f"{path}.{key}") for key, item in value.items()}
-        raise UserError(f"{path}={value!r}: must be a mapping")
-    if kind is Any:
-        return value
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value):
-        return float(value)
-    if kind in (int, str, bool) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    raise UserError(f"{path}={value!r}: must be {_name(kind)}, got {type(value).__name__}")
-
-
-def _required(f: dataclasses.Field) -> bool:
-    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-
-
-def _keys(kind: type) -> list[str]:
-    return [f.name for f in dataclasses.fields(kind)]
-
-
-def _name(kind: Any) -> str:
-    args = typing.get_args(kind)
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return " or ".join(_name(arg) for arg in args)
-    plain = {float: "a number", int: "a whole number", str: "text", bool: "true or false", type(None): "null"}
-    if kind is Schedule:
-        return "a schedule {start, end, steps, shape: linear | cosine | step, warmup: 0}"
-    return plain.get(kind, str(kind))
 
 
 def defaults() -> dict[str, Any]:

@@ -9,6 +9,7 @@ A method of your own is one ``register_method(Method(...))`` in a module named i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from verl_hpt import parts
+from verl_hpt.normalize import NORMALIZATIONS
 from verl_hpt.parts import KINDS, PARTS, Part, Tokens
 
 
@@ -160,6 +162,25 @@ class Method:
             )
         if self.rollouts is None and self.when not in ("always", "own"):
             raise ValueError(f"method {self.name!r} has nothing for rollouts: demonstrations must stand always")
+        if self.normalization not in NORMALIZATIONS:
+            raise ValueError(
+                f"method {self.name!r}: unknown normalization {self.normalization!r}; one of "
+                f"{', '.join(NORMALIZATIONS)}"
+            )
+        for term in (*self.demos, *([] if self.off_zone is None else [self.off_zone])):
+            advantage, whose = term.estimator.advantage, f"method {self.name!r}: its {term.kind} term on demonstrations"
+            if not 0 < term.scale < math.inf:
+                raise ValueError(f"{whose} has scale {term.scale!r}: must be finite and above 0, or leave the term out")
+            if advantage is parts.gae:
+                raise ValueError(
+                    f"{whose} takes the advantage gae, and a demonstration has no value of a critic: it would train "
+                    "nothing; set its advantage to unit or reward"
+                )
+            if term.kind == "S" and advantage.over_group is not None:
+                raise ValueError(
+                    f"{whose} takes the advantage {advantage.part_name} over a group, and an S term has none: it would "
+                    "train nothing; set its advantage to unit"
+                )
         r_term = self.term("R")
         if self.place == "separate" and r_term is not None and r_term.estimator.advantage.over_group is not None:
             raise ValueError(

@@ -14,6 +14,7 @@ critic would give) and token_weights (of demonstrations) are a number for every 
 log_prob by default. other_log_prob is one number a demonstration. A rollout may say ``truncated`` (true: it was cut at
 the length limit) and ``metric`` (what ``hpt.gate.metric`` reads), a question ``skipped_rollouts`` (rollouts that were
 not sampled: early gate, SFT phase); ``step`` of the case (default 1) is the step that schedules are read at.
+Modules that the case names in ``hpt.modules`` are imported with ``--import-modules`` only.
 """
 
 from __future__ import annotations
@@ -32,17 +33,19 @@ from verl_hpt.errors import UserError
 from verl_hpt.estimator import Method, row_terms
 from verl_hpt.mixing import DEMO, Plan, PlanSettings, Question, plan
 from verl_hpt.normalize import relative
-from verl_hpt.parts import Constants, Tokens
+from verl_hpt.parts import RANGES, Constants, Tokens
 
 TOKEN_KEYS = ("log_prob", "old_log_prob", "ref_log_prob", "teacher_log_prob", "entropy", "advantage", "token_weights")
 ROW_KEYS = {"length", "reward", "other_log_prob", *TOKEN_KEYS}
 ROLLOUT_KEYS = ROW_KEYS | {"truncated", "metric"}
 QUESTION_KEYS = {"uid", "source", "rollouts", "demos", "skipped_rollouts"}
-ACTOR_KEYS = ("clip_ratio_low", "clip_ratio_high", "clip_ratio_c")
+ACTOR_KEYS = {"clip_ratio_low": "clip_low", "clip_ratio_high": "clip_high", "clip_ratio_c": "clip_c"}
 
 
-def explain(case: Mapping) -> dict:
+def explain(case: Mapping, import_modules: bool = False) -> dict:
     """What the method of the case does to its rows.
+
+    import_modules: import what ``hpt.modules`` of the case names, which runs its code; refused by default.
 
     Returns:
         rows: in input order, a dict a row that trains: uid, kind, index, zone, advantage (null on SFT rows),
@@ -55,13 +58,19 @@ def explain(case: Mapping) -> dict:
     """
     case = _mapping(case, "case", {"hpt", "questions", "actor", "step"})
     settings = config.load(case.get("hpt"))
+    if settings.modules and not import_modules:
+        raise UserError(
+            f"hpt.modules={settings.modules!r}: explaining this case would import them and so run their code; if you "
+            "trust them, add --import-modules"
+        )
     method = config.resolve_method(settings)
     actor = _mapping(case.get("actor", {}), "actor", set(ACTOR_KEYS))
-    clip = [
-        _number(actor.get(key, default), f"actor.{key}")
-        for key, default in zip(ACTOR_KEYS, (0.2, 0.2, 3.0), strict=True)
-    ]
-    constants = config.constants(settings, *clip)
+    clip = {name: _number(actor[key], f"actor.{key}") for key, name in ACTOR_KEYS.items() if key in actor}
+    for name, value in clip.items():
+        ok, what = RANGES[name]
+        if not ok(value):
+            raise UserError(f"actor.{name.replace('clip_', 'clip_ratio_')}={value!r}: must be {what}")
+    constants = config.constants(settings, **clip)
     questions = case.get("questions")
     if not isinstance(questions, list) or not questions:
         raise UserError("questions: must be a list with at least one question")
@@ -270,6 +279,9 @@ def _plain(advantage: torch.Tensor) -> float | list[float]:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="verl-hpt explain", description=__doc__.split("\n\n")[0])
     parser.add_argument("case", help="CASE.json, or - for standard input")
+    parser.add_argument(
+        "--import-modules", action="store_true", help="import the modules that the case names in hpt.modules: runs them"
+    )
     options = parser.parse_args(argv)
     try:
         text = Path("/dev/stdin" if options.case == "-" else options.case).read_text(encoding="utf-8")
@@ -278,5 +290,5 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{options.case}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise UserError(f"{options.case}: is not JSON ({error})") from error
-    print(json.dumps(explain(case), indent=2))
+    print(json.dumps(explain(case, options.import_modules), indent=2))
     return 0

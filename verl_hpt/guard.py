@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 
-from verl_hpt.config import Demo, Settings
+from verl_hpt.config import Demo, Settings, clips
 from verl_hpt.errors import UserError
 from verl_hpt.estimator import Method
+from verl_hpt.parts import RANGES
 
 
 def refuse(config, settings: Settings, method: Method, *, has_reference: bool, has_critic: bool) -> None:
@@ -39,14 +41,36 @@ def _host(config) -> Iterable[str]:
     actor = "actor_rollout_ref.actor"
     if on(f"{actor}.shuffle"):
         yield f"{actor}.shuffle=True tears questions apart over optimizer steps; set it to False (ours are shuffled)"
-    mode = on(f"{actor}.router_replay.mode")
-    if mode not in (None, "disabled") or on("actor_rollout_ref.rollout.enable_rollout_routing_replay"):
-        yield f"{actor}.router_replay.mode={mode}: demonstrations have no recorded routes; set it to disabled"
+    nodes = on(actor)
+    for path in (actor, *(f"{actor}.{name}" for name in nodes if isinstance(nodes.get(name), Mapping))):
+        mode = on(f"{path}.router_replay.mode")  # of the actor's engine: actor.megatron, actor.veomni
+        if mode not in (None, "disabled"):
+            yield f"{path}.router_replay.mode={mode}: demonstrations have no recorded routes; set it to disabled"
+    replay = "actor_rollout_ref.rollout.enable_rollout_routing_replay"
+    if on(replay):
+        yield f"{replay}=True: demonstrations have no recorded routes; set it to False"
     if on("algorithm.rollout_correction.bypass_mode"):
         yield "algorithm.rollout_correction.bypass_mode=True brings a loss of its own; set it to False"
     loss_mode = on(f"{actor}.policy_loss.loss_mode")
     if loss_mode not in (None, "vanilla"):
         yield f"{actor}.policy_loss.loss_mode={loss_mode}: the loss is ours; leave it at vanilla and choose hpt.method"
+    for name, value in clips(nodes).items():
+        ok, what = RANGES[name]
+        key = name.replace("clip_", "clip_ratio_")
+        if not _number(value) or not ok(value):
+            read = "" if nodes.get(key) is not None or name == "clip_c" else f", and clip_ratio={_shown(value)}"
+            yield f"{actor}.{key}={_shown(nodes.get(key))}{read}: must be a number {what}"
+    for key in ("entropy_coeff", *(["kl_loss_coef"] if nodes.get("use_kl_loss") else [])):
+        if not _number(nodes.get(key)):
+            yield f"{actor}.{key}={_shown(nodes.get(key))}: must be a finite number; 0 switches it off"
+
+
+def _number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _shown(value) -> str:
+    return "null" if value is None else str(value)
 
 
 def _method(config, settings: Settings, method: Method, has_reference: bool, has_critic: bool) -> Iterable[str]:
@@ -59,6 +83,11 @@ def _method(config, settings: Settings, method: Method, has_reference: bool, has
                 f"{where} is set, but method {method.name} has no gate; drop it, or choose a method with one (hpt, "
                 "hpt_off_on, hpt_mix_on)"
             )
+    if settings.history.early_gate is not None and method.when in ("never", "always"):
+        yield (
+            f"hpt.history.early_gate is set, but method {method.name} has no gate (when: {method.when}) and trains on "
+            "every rollout that it gets; drop it, or choose a method with a gate (hpt, hpt_off_on, hpt_mix_on)"
+        )
     if "ref_log_prob" in method.needs and not has_reference:
         yield (
             f"method {method.name} needs reference log-probs on demonstrations; set "

@@ -45,6 +45,23 @@ class Constants:
     uniform: float = 1.0  # U of RL-PLUS: 1 in its published code, 1/vocabulary in the paper (arXiv 2508.00222)
 
 
+# What each constant must be and why, told to whoever sets another number.
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "clip_low": (lambda x: x >= 0, "at least 0: below it no token with Â < 0 learns"),
+    "clip_high": (lambda x: x >= 0, "at least 0: below it no token with Â > 0 learns"),
+    "clip_c": (lambda x: x > 1, "above 1: verl asserts it, and from 1 down tokens stop learning before they moved"),
+    "shaping": (lambda x: x > 0, "above 0: at 0 no token learns, below it the gradient's sign flips"),
+    "entropy_weight": (lambda x: x >= 0, "at least 0: below it demonstrations are unlearned"),
+    "positive_weight": (lambda x: x >= 0, "at least 0: below it correct rollouts are unlearned"),
+    "kl": (lambda x: x >= 0, "at least 0: below it the policy is driven away from the reference model"),
+    "max_ratio": (lambda x: x > 0, "above 0: it is a ratio of probabilities, and its logarithm is taken"),
+    "otr_beta": (lambda x: x < 1, "below 1: at 1 no token learns, above it demonstrations are unlearned"),
+    "psft_clip": (lambda x: x >= 0, "at least 0: below it no token learns"),
+    "trust": (lambda x: 0 < x <= 1, "above 0 and at most 1: it is a probability, and its logarithm is taken"),
+    "uniform": (lambda x: 0 < x <= 1, "above 0 and at most 1: it is a probability, and a logarithm is taken of it"),
+}
+
+
 @dataclass
 class Tokens:
     """What the parts may look at. Shapes (rows, response_len) unless said; float32 or float64, no gradient."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -12,14 +13,15 @@ from omegaconf import OmegaConf
 
 from verl_hpt import __version__, advantage, config, demos, guard
 from verl_hpt.alarms import Alarms
-from verl_hpt.errors import UserError
+from verl_hpt.errors import UserError, raise_all
 from verl_hpt.gate import always_demo
 from verl_hpt.lifecycle import SPARED, Lifecycle
 from verl_hpt.loss import ROW_COLUMNS, ROW_FIELD, TOKEN_FIELDS, LossSpec
 from verl_hpt.mixing import DEMO, Plan, PlanSettings
-from verl_hpt.questions import Reader
+from verl_hpt.questions import Group, Reader
 
 logger = logging.getLogger(__name__)
+SOURCE = "data_source"  # verl's column
 
 
 class Run:
@@ -29,7 +31,8 @@ class Run:
     """
 
     def __init__(self, verl_config, *, verl: str, kl_penalty: Callable, has_reference: bool, has_critic: bool):
-        node = OmegaConf.to_container(verl_config["hpt"], resolve=True) if verl_config.get("hpt") is not None else {}
+        node = verl_config.get("hpt")
+        node = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
         self.verl_config, self.kl_penalty = verl_config, kl_penalty
         self.settings = config.load(node)
         self.method = config.resolve_method(self.settings)
@@ -74,15 +77,17 @@ class Run:
         when = {"gate": f"where {switch} ({reached} ≥ {gate.success}{finished})", "never": "never"}.get(
             self.method.when, self.method.when
         )
+        clip = config.clips(actor)
+        kl, off = actor.kl_loss_coef if actor.use_kl_loss else "off", "off (no rollouts)"
+        entropy, kl = (actor.entropy_coeff, kl) if self.method.rollouts is not None else (off, off)
         lines = [
             f"verl-hpt {__version__} on verl {verl}: method {self.method.name}, {self.method.formula}",
             f"  demonstrations: column {self.settings.demo.key!r}, {when}, λ = {_shown(self.settings.demo_coef)}",
             f"  normalization: {self.normalization} (L = {self.length_scale:g}); actor.loss_agg_mode="
             f"{actor.get('loss_agg_mode')} and norm_adv_by_std_in_grpo={algorithm.get('norm_adv_by_std_in_grpo')} "
             "are not read",
-            f"  from verl: clip {actor.clip_ratio_low}/{actor.clip_ratio_high}/c={actor.clip_ratio_c}, entropy_coeff="
-            f"{actor.entropy_coeff}, KL loss {actor.kl_loss_coef if actor.use_kl_loss else 'off'}, "
-            f"{actor.ppo_mini_batch_size} questions an optimizer step, ppo_epochs={actor.ppo_epochs}",
+            f"  from verl: clip {clip['clip_low']}/{clip['clip_high']}/c={clip['clip_c']}, entropy_coeff={entropy}, "
+            f"KL loss {kl}, {actor.ppo_mini_batch_size} questions an optimizer step, ppo_epochs={actor.ppo_epochs}",
         ]
         temperature = self.verl_config.actor_rollout_ref.rollout.temperature
         if temperature != 1.0 and fused and self.method.demos:
@@ -96,7 +101,7 @@ class Run:
                 "  a demonstration's reward in its group: the largest of hpt.gate.success and the group's best (set "
                 "hpt.demo.reward to a number or a column for another)"
             )
-        if self.method.name == "gspo" and actor.clip_ratio_high > 0.01:
+        if self.method.name == "gspo" and clip["clip_high"] > 0.01:
             lines.append("  note: GSPO's paper clips at 3e-4/4e-4; set actor.clip_ratio_low/high")
         for label, text in (("unverified", self.method.unverified), ("approximate", self.method.approximate)):
             if text:
@@ -104,13 +109,34 @@ class Run:
         return "\n".join(lines)
 
     def check_columns(self, dataset) -> None:
-        """Every column that the settings name is in the training data."""
-        columns = getattr(getattr(dataset, "dataframe", None), "column_names", None)
+        """Every column and data source that the settings name is in the training data, and every question is named."""
+        table = getattr(dataset, "dataframe", None)
+        columns = getattr(table, "column_names", None)
         if columns is None:
             return  # a dataset class of the user's own: its rows are checked when they come
-        for key, column in self._named_columns().items():
-            if column not in columns:
-                raise UserError(f"{key}={column!r}: the training data has no such column; it has {', '.join(columns)}")
+        problems = [
+            f"{key}={column!r}: the training data has no such column; it has {', '.join(columns)}"
+            for key, column in self._named_columns().items()
+            if column not in columns
+        ]
+        if self.settings.per_source:
+            there = sorted({str(demos.plain(source)) for source in table[SOURCE]} if SOURCE in columns else ())
+            shown = ", ".join(there[:10]) + (f" and {len(there) - 10} more" if len(there) > 10 else "")
+            problems += [
+                f"hpt.per_source.{source}: no row of the training data has this data_source; it has {shown or 'none'}"
+                for source in self.settings.per_source
+                if source not in there
+            ]
+        key = self.settings.question_key
+        if key in columns:
+            nameless = [row for row, value in enumerate(table[key], start=1) if not _says(demos.plain(value))]
+            if nameless:
+                problems.append(
+                    f"hpt.question_key={key!r}: {len(nameless)} of {len(table)} rows of the training data have no "
+                    f"value there, the first is row {nameless[0]}; name every question, or drop hpt.question_key (a "
+                    "hash of source and prompt names them then)"
+                )
+        raise_all(problems, "the training data does not fit the settings:")
 
     def meet(self, tokenizer) -> None:
         """Once the tokenizer is there: the end token and the reader of demonstrations."""
@@ -172,7 +198,7 @@ class Run:
         return LossSpec(
             method=self.method,
             constants=config.constants(
-                self.settings, actor.clip_ratio_low, actor.clip_ratio_high, float(actor.clip_ratio_c)
+                self.settings, **{name: float(value) for name, value in config.clips(actor).items()}
             ),
             fields=tuple(fields),
             entropy_coeff=float(actor.entropy_coeff) if self.method.rollouts is not None else 0.0,
@@ -311,6 +337,22 @@ def context_length(actor_rollout_ref) -> int | None:
     except (OSError, ValueError):  # no config.json here, or of an architecture that transformers does not know
         return None
     return getattr(model.get_text_config(), "max_position_embeddings", None)
+
+
+def _says(value) -> bool:
+    """Whether a column's value names anything."""
+    return value is not None and value == value and str(value).strip() != ""
+
+
+def question_name(group: Group, column: str) -> str:
+    """What ``hpt.question_key`` calls a question; raises UserError where its row has no value there."""
+    value = demos.plain(group.columns.get(column))
+    if not _says(value):
+        named = dataclasses.replace(group, key=repr(value)).named()
+        raise UserError(
+            f"{named}: its column {column!r} (hpt.question_key) names no question; fill it in, or drop hpt.question_key"
+        )
+    return str(value)
 
 
 def stop_ids(model_path: str) -> set[int]:

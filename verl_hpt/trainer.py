@@ -35,7 +35,7 @@ from verl_hpt.metrics import of_plan, of_update
 from verl_hpt.mixing import DEMO, PADDING, Plan, Question, plan
 from verl_hpt.questions import Candidate, Group, Scored, gate_metric, group_rows, identity, questions_of, row_sums
 from verl_hpt.rows import ENGINE_FIELDS, OwnRow, padding_row, token_fields
-from verl_hpt.run import Run
+from verl_hpt.run import Run, question_name
 
 ROLLOUTS = "__rollout_n__"  # verl's column: rollouts of a question, where they differ
 
@@ -266,9 +266,7 @@ def hybrid(base):
                 group.columns = {name: unpacked(demos.plain(values[i])) for name, values in columns.items()}
                 group.source = str(demos.plain(group.columns.get("data_source")) or "")
                 key = self.hpt.settings.question_key
-                group.key = (
-                    identity(group.source, group.prompt) if key is None else str(demos.plain(group.columns[key]))
-                )
+                group.key = identity(group.source, group.prompt) if key is None else question_name(group, key)
                 if demos.plain(group.columns.get("multi_modal_inputs")):
                     raise UserError(f"{group.named()}: multi-modal prompts are not supported yet")
 

@@ -1,0 +1,406 @@
+"""Refusals against verl's real config: each is said with the key and a remedy, and the remedy works."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from verl_config import compose
+
+from verl_hpt.errors import UserError
+from verl_hpt.questions import Group
+from verl_hpt.run import Run, question_name, stop_ids
+
+ACTOR = "actor_rollout_ref.actor"
+
+
+def start(*overrides: str, reference: bool = False, critic: bool = False) -> Run:
+    return Run(compose(*overrides), verl="0.9.1", kl_penalty=None, has_reference=reference, has_critic=critic)
+
+
+def refused(*overrides: str, **has) -> str:
+    with pytest.raises(UserError) as error:
+        start(*overrides, **has)
+    return str(error.value)
+
+
+# --- verl's options --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "message", "remedy"),
+    [
+        ("algorithm.filter_groups.enable=True", "evicts the questions that no rollout solves",
+         "algorithm.filter_groups.enable=False"),
+        ("distillation.enabled=True", "distillation.enabled=True replaces the actor's loss",
+         "distillation.enabled=False"),
+        (f"{ACTOR}.shuffle=True", f"{ACTOR}.shuffle=True tears questions apart", f"{ACTOR}.shuffle=False"),
+        ("actor_rollout_ref.rollout.enable_rollout_routing_replay=True",
+         "rollout.enable_rollout_routing_replay=True: demonstrations have no recorded routes; set it to False",
+         "actor_rollout_ref.rollout.enable_rollout_routing_replay=False"),
+        ("algorithm.rollout_correction.bypass_mode=True", "bypass_mode=True brings a loss of its own",
+         "algorithm.rollout_correction.bypass_mode=False"),
+        (f"{ACTOR}.policy_loss.loss_mode=gspo", f"{ACTOR}.policy_loss.loss_mode=gspo: the loss is ours",
+         f"{ACTOR}.policy_loss.loss_mode=vanilla"),
+        (f"{ACTOR}.clip_ratio_low=-0.1", f"{ACTOR}.clip_ratio_low=-0.1: must be a number at least 0",
+         f"{ACTOR}.clip_ratio_low=0"),
+        (f"{ACTOR}.clip_ratio_high=nan", f"{ACTOR}.clip_ratio_high=nan: must be a number at least 0",
+         f"{ACTOR}.clip_ratio_high=0"),
+        (f"{ACTOR}.clip_ratio_high=much", f"{ACTOR}.clip_ratio_high=much: must be a number at least 0",
+         f"{ACTOR}.clip_ratio_high=1e9"),
+        (f"{ACTOR}.clip_ratio_c=1.0", f"{ACTOR}.clip_ratio_c=1.0: must be a number above 1: verl asserts it",
+         f"{ACTOR}.clip_ratio_c=1.1"),
+        (f"{ACTOR}.clip_ratio_c=null", f"{ACTOR}.clip_ratio_c=null: must be a number above 1",
+         f"{ACTOR}.clip_ratio_c=1e9"),
+        (f"{ACTOR}.entropy_coeff=null", f"{ACTOR}.entropy_coeff=null: must be a finite number; 0 switches it off",
+         f"{ACTOR}.entropy_coeff=0"),
+    ],
+)  # fmt: skip
+def test_options_of_verl_that_would_become_something_else_are_refused(override, message, remedy):
+    assert message in refused(override)
+    start(override, remedy)
+
+
+def test_a_kl_coefficient_matters_where_the_kl_loss_is_on():
+    start(f"{ACTOR}.kl_loss_coef=null")
+    on = (f"{ACTOR}.use_kl_loss=True", f"{ACTOR}.kl_loss_coef=null")
+    assert f"{ACTOR}.kl_loss_coef=null: must be a finite number" in refused(*on, reference=True)
+    start(*on, f"{ACTOR}.kl_loss_coef=0", reference=True)
+
+
+@pytest.mark.parametrize("engine", ["megatron", "veomni"])
+def test_router_replay_is_refused_where_the_engine_keeps_it(engine):
+    chosen, key = f"model_engine={engine}", f"{ACTOR}.{engine}.router_replay.mode"
+    assert f"{key}=R3: demonstrations have no recorded routes; set it to disabled" in refused(chosen, f"{key}=R3")
+    start(chosen, f"{key}=disabled")
+
+
+@pytest.mark.parametrize("engine", ["dp", "torchtitan"])
+def test_every_other_engine_of_verl_starts_with_its_own_defaults(engine):
+    start(f"model_engine={engine}")
+    replay = "actor_rollout_ref.rollout.enable_rollout_routing_replay"
+    assert f"{replay}=True" in refused(f"model_engine={engine}", f"{replay}=True")
+
+
+def test_all_refusals_come_at_once():
+    text = refused("distillation.enabled=True", f"{ACTOR}.shuffle=True", "++hpt.method=poft")
+    assert text.startswith("verl-hpt refuses this config:\n  - ") and text.count("\n  - ") == 3
+    assert "distillation.enabled" in text and "actor.shuffle" in text and "hpt.demo.other_log_prob" in text
+
+
+# --- methods and settings --------------------------------------------------------------------------------------------
+
+COMPOSED = {
+    "critic in the group": "{rollouts: ppo, demos: [{kind: R}], place: group, when: always}",
+    "teacher": "{demos: [{kind: R, estimator: {reference: teacher, advantage: reward}}]}",
+    "teacher on rollouts": "{rollouts: {reference: teacher}, when: never}",
+    "own, teacher": "{rollouts: null, demos: [{kind: S, estimator: {reference: teacher}}], when: own}",
+    "own, other": "{rollouts: null, demos: [{kind: S, estimator: {advantage: preference}}], when: own}",
+}
+
+
+def of(name: str) -> str:
+    return f"++hpt.compose={COMPOSED[name]}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message", "remedy"),
+    [
+        (["++hpt.method=sft", "++hpt.gate.threshold=0.5"], "hpt.gate is set, but method sft has no gate",
+         ["++hpt.method=hpt"]),
+        (["++hpt.method=sft", "++hpt.gate.count=2"], "hpt.gate is set, but method sft has no gate",
+         ["++hpt.method=hpt_off_on"]),
+        (["++hpt.method=sft", "++hpt.gate.function=linear"], "hpt.gate is set, but method sft has no gate",
+         ["++hpt.method=hpt_mix_on"]),
+        (["++hpt.method=luffy", "++hpt.per_source={a/b:{gate:{threshold:0.5}}}"],
+         "hpt.per_source.a/b.gate is set, but method luffy has no gate", ["++hpt.method=hpt"]),
+        (["++hpt.method=sft", "++hpt.history.early_gate={after_failures:3}"],
+         "hpt.history.early_gate is set, but method sft has no gate (when: always)",
+         ["++hpt.method=hpt", "actor_rollout_ref.rollout.n=8"]),
+        (["++hpt.method=grpo", "++hpt.history.early_gate={after_failures:3}"],
+         "hpt.history.early_gate is set, but method grpo has no gate (when: never)", ["++hpt.history.early_gate=null"]),
+        (["++hpt.method=poft"], "name its column in hpt.demo.other_log_prob", ["++hpt.demo.other_log_prob=m"]),
+        ([of("teacher")], "name their column in hpt.demo.teacher_log_prob", ["++hpt.demo.teacher_log_prob=t"]),
+        ([of("teacher on rollouts")], "takes the teacher as reference on rollouts, which have none; use old or current",
+         ["++hpt.compose.rollouts.reference=old"]),
+        ([of("own, teacher"), "++hpt.demo.teacher_log_prob=t"],
+         "imitates its own rollouts too (when: own), and these have no teacher_log_prob",
+         ["++hpt.compose.when=always"]),
+        ([of("own, other"), "++hpt.demo.other_log_prob=o"],
+         "imitates its own rollouts too (when: own), and these have no other_log_prob", ["++hpt.compose.when=always"]),
+        (["++hpt.method=sft", "algorithm.use_kl_in_reward=True"],
+         "trains on demonstrations only: algorithm.use_kl_in_reward=True has no effect",
+         ["algorithm.use_kl_in_reward=False"]),
+        (["++hpt.method=luffy", "algorithm.use_kl_in_reward=True"],
+         "algorithm.use_kl_in_reward=True lowers the rollouts' rewards alone", ["++hpt.method=hpt"]),
+        (["++hpt.demo.teacher_log_prob=t"],
+         "hpt.demo.teacher_log_prob is set, but nothing in method hpt reads it; compose one with reference: teacher",
+         [of("teacher")]),
+        (["++hpt.demo.other_log_prob=o"],
+         "hpt.demo.other_log_prob is set, but nothing in method hpt reads it; poft does", ["++hpt.method=poft"]),
+        (["++hpt.demo.log_likelihood=l"],
+         "hpt.demo.log_likelihood is set, but select=first and likelihood_of=column does not read it",
+         ["++hpt.demo.select=likelihood"]),
+        (["++hpt.demo.log_likelihood=l", "++hpt.demo.select=likelihood", "++hpt.demo.likelihood_of=policy"],
+         "select=likelihood and likelihood_of=policy does not read it", ["++hpt.demo.likelihood_of=column"]),
+        (["++hpt.demo.likelihood_of=policy"], "hpt.demo.likelihood_of=policy has no effect",
+         ["++hpt.demo.select=likelihood"]),
+        (["++hpt.demo.select=likelihood", "++hpt.demo.likelihood_of=reference"],
+         "hpt.demo.likelihood_of=reference needs verl's reference model", ["++hpt.demo.likelihood_of=policy"]),
+        (["++hpt.history.early_gate={after_failures:3,rollouts:1}"],
+         "hpt.history.early_gate.rollouts=1 spares nothing: actor_rollout_ref.rollout.n is 1",
+         ["actor_rollout_ref.rollout.n=8"]),
+    ],
+)  # fmt: skip
+def test_methods_and_settings_that_do_not_fit_are_refused(overrides, message, remedy):
+    assert message in refused(*overrides)
+    start(*overrides, *remedy)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message", "has"),
+    [
+        (["++hpt.method=asft"], "needs reference log-probs on demonstrations; set actor_rollout_ref.actor.use_kl_loss",
+         {"reference": True}),
+        (["++hpt.demo.select=likelihood", "++hpt.demo.likelihood_of=reference"], "needs verl's reference model",
+         {"reference": True}),
+        (["++hpt.method=ppo"], "method ppo needs a critic; set critic.enable=True", {"critic": True}),
+    ],
+)  # fmt: skip
+def test_a_worker_that_a_method_needs_is_asked_for(overrides, message, has):
+    assert message in refused(*overrides)
+    start(*overrides, **has)
+
+
+def test_a_critic_has_no_value_of_a_demonstration_in_the_group():
+    text = refused(of("critic in the group"), critic=True)
+    assert "takes Â from a critic, and a demonstration in the group has no value estimate" in text
+    start(of("critic in the group"), "++hpt.compose.rollouts=grpo")
+
+
+@pytest.mark.parametrize("node", ["5", "[1]", "text"])
+def test_a_node_that_is_no_mapping_is_refused(node):
+    assert "must be a mapping with keys method" in refused(f"++hpt={node}")
+
+
+def test_without_a_node_the_defaults_train():
+    assert start().settings == start("++hpt=null").settings == start("++hpt={}").settings
+
+
+# --- the clip range, as verl reads it --------------------------------------------------------------------------------
+
+
+def test_a_null_bound_of_the_clip_is_verls_clip_ratio(capsys):
+    run = start(f"{ACTOR}.clip_ratio_low=null", f"{ACTOR}.clip_ratio_high=null", f"{ACTOR}.clip_ratio=0.3")
+    clip = run.loss_spec().constants
+    assert (clip.clip_low, clip.clip_high, clip.clip_c) == (0.3, 0.3, 3.0)
+    assert "clip 0.3/0.3/c=3.0" in capsys.readouterr().out
+
+
+def test_a_bound_of_the_clip_that_is_set_wins_over_clip_ratio():
+    run = start(f"{ACTOR}.clip_ratio_low=0.1", f"{ACTOR}.clip_ratio_high=0.28", f"{ACTOR}.clip_ratio=0.3")
+    clip = run.loss_spec().constants
+    assert (clip.clip_low, clip.clip_high) == (0.1, 0.28)
+
+
+def test_a_bound_of_the_clip_that_nothing_says_is_refused_with_both_keys():
+    text = refused(f"{ACTOR}.clip_ratio_low=null", f"{ACTOR}.clip_ratio=null")
+    assert f"{ACTOR}.clip_ratio_low=null, and clip_ratio=null: must be a number at least 0" in text
+    assert "clip_ratio_high" not in text
+
+
+# --- the banner ------------------------------------------------------------------------------------------------------
+
+
+def banner(capsys, *overrides: str, **has) -> str:
+    start(*overrides, **has)
+    return capsys.readouterr().out
+
+
+def test_the_banner_of_a_method_without_rollouts_says_that_kl_and_entropy_are_off(capsys):
+    on = (f"{ACTOR}.use_kl_loss=True", f"{ACTOR}.kl_loss_coef=0.02", f"{ACTOR}.entropy_coeff=0.01")
+    text = banner(capsys, *on, "++hpt.method=sft", reference=True)
+    assert "entropy_coeff=off (no rollouts), KL loss off (no rollouts)," in text
+    text = banner(capsys, *on, reference=True)
+    assert "entropy_coeff=0.01, KL loss 0.02," in text and "off" not in text
+    assert "entropy_coeff=0, KL loss off," in banner(capsys)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        ([], "verl-hpt 0.1.0 on verl 0.9.1: method hpt, 1_clip·r·(R−mean) / S: 1 where solved ≤ γ·n"),
+        ([], "demonstrations: column 'target', where solved ≤ 0·n (score ≥ 1.0 and not cut at the "
+         "length limit), λ = 0.1"),
+        (["++hpt.gate={count:2,success:0.5}"], "where solved ≤ 2 (score ≥ 0.5 and not cut at"),
+        (["++hpt.gate.function=linear"], "where linear (score ≥ 1.0 and not cut at"),
+        (["++hpt.method=grpo"], "demonstrations: column 'target', never, "),
+        (["++hpt.method=sft"], "demonstrations: column 'target', always, "),
+        ([], "normalization: question (L = 512); actor.loss_agg_mode=token-mean and norm_adv_by_std_in_grpo=True are"),
+        (["++hpt.normalization=official", "++hpt.rl_length_scale=64"], "normalization: official (L = 64)"),
+        (["data.max_response_length=100"], "(L = 100)"),
+        ([f"{ACTOR}.ppo_epochs=2"], "256 questions an optimizer step, ppo_epochs=2"),
+        (["++hpt.method=hpt_soft"], "unverified: what each share of the published table multiplies is inferred"),
+        (["++hpt.method=otr"], "approximate: expectation over the sampled token"),
+        (["++hpt.method=gspo"], "note: GSPO's paper clips at 3e-4/4e-4; set actor.clip_ratio_low/high"),
+        (["actor_rollout_ref.model.use_fused_kernels=True", "actor_rollout_ref.rollout.temperature=0.7"],
+         "note: fused kernels take one temperature a batch, so demonstrations are scored at T = 0.7"),
+    ],
+)  # fmt: skip
+def test_the_banner_says_what_is_trained(capsys, overrides, line):
+    assert line in banner(capsys, *overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["++hpt.method=gspo", f"{ACTOR}.clip_ratio_high=4e-4"],
+        ["++hpt.method=grpo"],
+        ["actor_rollout_ref.model.use_fused_kernels=True"],
+        ["actor_rollout_ref.rollout.temperature=0.7"],
+        ["++hpt.method=grpo", "actor_rollout_ref.model.use_fused_kernels=True",
+         "actor_rollout_ref.rollout.temperature=0.7"],
+    ],
+)  # fmt: skip
+def test_the_banner_has_no_note_where_none_is_due(capsys, overrides):
+    text = banner(capsys, *overrides)
+    assert not any(word in text for word in ("note:", "unverified:", "approximate:")) and len(text.splitlines()) == 4
+
+
+# --- the training data -----------------------------------------------------------------------------------------------
+
+
+def check(run: Run, **columns) -> str:
+    """What is wrong with a training set of these columns; nothing where all is well."""
+    try:
+        run.check_columns(SimpleNamespace(dataframe=Dataset.from_dict(columns)))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+ROWS = {"prompt": ["a", "b", "c"], "data_source": ["math", "code", "math"], "target": ["x", "y", "z"]}
+
+
+def test_columns_that_are_not_there_are_named_with_those_that_are():
+    run = start("++hpt.question_key=id", "++hpt.demo.source=author")
+    text = check(run, **ROWS)
+    for key in ("hpt.question_key='id'", "hpt.demo.source='author'"):
+        assert f"{key}: the training data has no such column; it has prompt, data_source, target" in text
+    assert "hpt.demo.key" not in text
+    assert check(run, **ROWS, id=["1", "2", "3"], author=["a"] * 3) == ""
+
+
+def test_a_method_without_demonstrations_needs_no_column_of_them():
+    assert check(start("++hpt.method=grpo"), prompt=["a"]) == ""
+    assert "hpt.demo.key='target': the training data has no such column" in check(start(), prompt=["a"])
+
+
+def test_settings_of_a_source_that_no_row_has_are_refused_with_those_that_there_are():
+    run = start("++hpt.per_source={math:{gate:{threshold:0.5}},maths:{gate:{threshold:0.5}}}")
+    assert check(run, **ROWS) == (
+        "hpt.per_source.maths: no row of the training data has this data_source; it has code, math"
+    )
+    many = {**ROWS, "data_source": ["math", "a", "b"]} | {"prompt": ["p"] * 14, "target": ["t"] * 14}
+    many["data_source"] = ["math", *(f"s{i:02}" for i in range(13))]
+    assert check(run, **many).endswith("it has math, s00, s01, s02, s03, s04, s05, s06, s07, s08 and 4 more")
+    assert check(run, prompt=["a"], target=["x"]).count("this data_source; it has none") == 2
+    assert check(start("++hpt.per_source={math:{gate:{threshold:0.5}}}"), **ROWS) == ""
+
+
+@pytest.mark.parametrize("nothing", [None, "", "  ", float("nan")])
+def test_a_question_key_without_a_value_is_refused_with_row_and_count(nothing):
+    run, some = start("++hpt.question_key=id"), 7.5 if isinstance(nothing, float) else "q"
+    text = check(run, **ROWS, id=[some, nothing, nothing])
+    assert "hpt.question_key='id': 2 of 3 rows of the training data have no value there, the first is row 2" in text
+    assert check(run, **ROWS, id=[some] * 3) == ""
+    assert check(run, **ROWS, id=[0, 1, 2]) == ""
+
+
+def test_a_dataset_of_the_users_own_is_not_looked_into():
+    start("++hpt.question_key=id").check_columns(SimpleNamespace(rows=[1]))
+    start("++hpt.question_key=id").check_columns(SimpleNamespace(dataframe=[1]))
+
+
+@pytest.mark.parametrize("nothing", [None, "", float("nan"), np.float64("nan")])
+def test_no_question_is_ever_called_none(nothing):
+    group = Group("u", [0], source="math", columns={"id": nothing, "extra_info": {"index": 7}})
+    with pytest.raises(UserError, match=r"data source 'math', index 7\): its column 'id' \(hpt\.question_key\) names"):
+        question_name(group, "id")
+    with pytest.raises(UserError, match=r"question None .* its column 'other'"):
+        question_name(group, "other")
+    assert [question_name(Group("u", [0], columns={"id": name}), "id") for name in ("q", 0, np.int64(3))] == [
+        "q", "0", "3"]  # fmt: skip
+
+
+def batch_of(monkeypatch, columns: dict, *overrides: str):
+    """Our trainer at ``_read_questions``, with two questions of these columns in the queue."""
+    from verl_hpt import trainer
+
+    prompts = torch.nested.as_nested_tensor([torch.tensor([1, 2]), torch.tensor([3])], layout=torch.jagged)
+    fields = {"prompts": prompts, **columns}
+    monkeypatch.setattr(trainer, "kv_batch_meta2batch_meta", lambda meta: SimpleNamespace(field_names=list(fields)))
+    monkeypatch.setattr(trainer.tq, "kv_batch_get", lambda *args, **_: fields)
+    ours = object.__new__(trainer.hybrid(object))
+    ours.hpt = start(*overrides)
+    groups = [Group("a", [0]), Group("b", [1])]
+    ours._read_questions(SimpleNamespace(keys=["a_0_0", "b_0_0"], partition_id="train"), groups)
+    return groups
+
+
+def test_the_trainer_names_questions_by_the_column_and_stops_at_one_without_a_name(monkeypatch):
+    named = batch_of(monkeypatch, {"id": ["x", 5]}, "++hpt.question_key=id")
+    assert [group.key for group in named] == ["x", "5"]
+    with pytest.raises(UserError, match=r"question None .*'id' \(hpt\.question_key\) names no question"):
+        batch_of(monkeypatch, {"id": ["x", None]}, "++hpt.question_key=id")
+    hashed = [group.key for group in batch_of(monkeypatch, {"data_source": ["math", "math"]})]
+    assert len(set(hashed)) == 2 and all(len(key) == 16 for key in hashed)
+
+
+def test_the_trainer_refuses_prompts_with_images(monkeypatch):
+    with pytest.raises(UserError, match="multi-modal prompts are not supported yet"):
+        batch_of(monkeypatch, {"multi_modal_inputs": [{}, {"pixel_values": [1]}]})
+
+
+# --- the tokenizer ---------------------------------------------------------------------------------------------------
+
+
+def model_that_stops_at(folder, ids) -> str:
+    folder.mkdir(exist_ok=True)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    return str(folder)
+
+
+def test_where_a_model_stops_is_what_its_generation_config_says(tmp_path):
+    for ids, stops in ((5, {5}), ([5, 6], {5, 6}), (None, set())):
+        assert stop_ids(model_that_stops_at(tmp_path / "model", ids)) == stops
+    (tmp_path / "bare").mkdir()
+    assert stop_ids(str(tmp_path / "bare")) == set()
+
+
+@pytest.mark.parametrize(("overrides", "eos"), [([], 2), (["++hpt.demo.eos=5"], 5), (["++hpt.demo.eos=6"], 6)])
+def test_demonstrations_end_where_generation_stops(tmp_path, overrides, eos):
+    path = f"actor_rollout_ref.model.path={model_that_stops_at(tmp_path / 'model', [5, 6])}"
+    run = start(path, *overrides, "data.max_response_length=9", "++hpt.seed=4")
+    run.meet(SimpleNamespace(eos_token_id=2))
+    reader = run.reader
+    assert (run.eos, reader.eos, reader.max_length, reader.seed, reader.template_kwargs) == (eos, eos, 9, 4, {})
+
+
+def test_an_end_token_at_which_generation_does_not_stop_is_refused(tmp_path):
+    path = f"actor_rollout_ref.model.path={model_that_stops_at(tmp_path / 'model', [5, 6])}"
+    with pytest.raises(UserError, match=r"token 3 \(hpt\.demo\.eos\), but generation stops at \[2, 5, 6\]"):
+        start(path, "++hpt.demo.eos=3").meet(SimpleNamespace(eos_token_id=2))
+    start(path, "++hpt.demo.eos=3", "++hpt.method=grpo").meet(SimpleNamespace(eos_token_id=2))
+    with pytest.raises(UserError, match=r"the tokenizer has no EOS token; set hpt\.demo\.eos"):
+        start(path).meet(SimpleNamespace(eos_token_id=None))
+    start(path, "++hpt.demo.eos=6").meet(SimpleNamespace(eos_token_id=None))
+
+
+def test_the_reader_renders_with_the_runs_own_template_arguments(tmp_path):
+    path = f"actor_rollout_ref.model.path={model_that_stops_at(tmp_path / 'model', 2)}"
+    run = start(path, "++data.apply_chat_template_kwargs={enable_thinking: false}")
+    run.meet(SimpleNamespace(eos_token_id=2))
+    assert run.reader.template_kwargs == {"enable_thinking": False}
