@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from verl_hpt.errors import UserError
-from verl_hpt.history import FILE, Draw, History, Index, number, numbers, prompt_number
+from verl_hpt.history import Draw, History, Index, number, numbers, prompt_number
+from verl_hpt.history_file import COLUMNS, FILE
 
 # --- the index --------------------------------------------------------------------------------------------------------
 
@@ -115,12 +116,33 @@ def test_a_question_twice_in_a_batch_is_two_draws():
     assert columns(history, "drawn", "failures", "uses") == [[2], [2], [2]]
 
 
-def test_counts_stop_at_the_largest_number_instead_of_starting_again():
+@pytest.mark.parametrize("solved", [0, 1])
+def test_counts_stop_at_the_largest_number_of_their_type_instead_of_starting_again(solved):
+    """Each column at its limit, and once below it; then a draw that would go beyond."""
+    most = {name: np.iinfo(kind).max for name, kind in COLUMNS.items() if name != "flags"}
+    for below in (0, 1):
+        history = History()
+        observe(history, 1, [0])
+        for name, limit in most.items():
+            history._rows[name][:] = limit - below
+        observe(history, 2**40, [solved and 2**40], n=2**40, taught=[True])
+        expected = most | ({"failures": 0} if solved else {"solved": 0})
+        assert {name: columns(history, name)[0][0] for name in most} == expected
+
+
+def test_uses_of_a_demonstration_stop_at_the_largest_number():
     history = History()
-    observe(history, 1, [0])
-    history._rows["failures"][:] = 65535
-    observe(history, 2, [0])
-    assert columns(history, "failures") == [[65535]]
+    history.observe_demos(numbers(["a", "b"]), np.array([0, 1]))
+    history._demo_uses[:] = 65534
+    for _ in range(2):
+        history.observe_demos(numbers(["a", "a", "a", "b"]), np.array([0, 0, 0, 1]))
+        assert history.demo_uses(numbers(["a", "b"]), np.array([1, 2])) == [[65535], [0, 65535]]
+
+
+def test_columns_below_their_limits_are_as_they_came():
+    history = History()
+    observe(history, 2**31 - 1, [65535], n=65535, taught=[False])
+    assert columns(history, "solved", "rollouts", "drawn_at", "taught_at") == [[65535], [65535], [2**31 - 1], [0]]
 
 
 def test_uses_of_each_demonstration_are_counted_apart():
@@ -140,6 +162,49 @@ def test_a_prompt_leads_to_its_question():
     assert history.look_up_prompts(asked, "failures")[0].tolist() == [1, 0]
     known, keys = history.keys_of_prompts(asked)
     assert known.tolist() == [True, False] and keys[0] == 7
+
+
+def drawn(history, step, keys, prompts, solved):
+    """Questions by key and prompt, all of four rollouts, none taught."""
+    none = np.zeros(len(keys), dtype=bool)
+    keys, prompts = np.array(keys, dtype=np.uint64), np.array(prompts, dtype=np.uint64)
+    history.observe(step, Draw(keys, prompts, np.array(solved), np.full(len(keys), 4), none, ~none))
+
+
+def failures_of(history, *prompts):
+    return history.look_up_prompts(np.array(prompts, dtype=np.uint64), "failures")[0].tolist()
+
+
+def test_a_prompt_leads_to_the_row_of_its_latest_draw():
+    """Its question comes under another key (a run resumed with another tokenizer), and later under the first again."""
+    history = History()
+    for step in (1, 2, 3):
+        drawn(history, step, [1, 2], [70, 80], [0, 0])
+    assert failures_of(history, 70, 80) == [3, 3]
+    drawn(history, 4, [9], [70], [1])
+    assert failures_of(history, 70, 80) == [0, 3]
+    drawn(history, 5, [9, 8], [70, 80], [0, 0])
+    assert failures_of(history, 70, 80) == [1, 1]
+    assert history.keys_of_prompts(np.array([70, 80], dtype=np.uint64))[1].tolist() == [9, 8]
+    drawn(history, 6, [2], [80], [0])
+    assert failures_of(history, 70, 80) == [1, 4]
+    assert len(history) == 4 and len(history._prompts) == 2
+
+
+def test_one_prompt_of_two_questions_in_a_batch_leads_to_the_first_by_key_in_either_order():
+    for keys, solved in (([5, 6], [0, 1]), ([6, 5], [1, 0])):
+        history = History()
+        drawn(history, 1, keys, [70, 70], solved)
+        assert failures_of(history, 70) == [1]
+        assert history.keys_of_prompts(np.array([70], dtype=np.uint64))[1].tolist() == [5]
+
+
+def test_a_prompt_that_is_not_known_leads_nowhere():
+    """Number 0 stands for a batch without prompts; it takes no place and does not hide the others."""
+    history = History()
+    drawn(history, 1, [1, 2, 3], [0, 70, 0], [0, 0, 0])
+    assert failures_of(history, 0, 70, 71) == [0, 1, 0]
+    assert len(history) == 3 and history._prompts.keys.tolist() == [70]
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -205,8 +270,8 @@ def test_a_damaged_file_is_named(tmp_path, damage):
 
 def test_another_version_or_arrays_that_do_not_fit_are_refused():
     state = some_history().state_dict()
-    with pytest.raises(UserError, match="version 2"):
-        History().load_state_dict(state | {"version": np.array(2)})
+    with pytest.raises(UserError, match="version 3; this verl-hpt reads version 2"):
+        History().load_state_dict(state | {"version": np.array(3)})
     with pytest.raises(UserError, match="drawn has shape"):
         History().load_state_dict(state | {"drawn": state["drawn"][:-1]})
     with pytest.raises(UserError, match="without flags"):

@@ -123,6 +123,7 @@ class Run:
             self.settings.seed,
             data.get("apply_chat_template_kwargs") or {},
         )
+        self.lifecycle.bind_tokenizer(tokenizer, self.reader.template_kwargs)
 
     # --- every step ----------------------------------------------------------------------------------------------
 
