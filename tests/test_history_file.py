@@ -232,6 +232,21 @@ def test_a_file_takes_its_place_only_when_it_is_whole_and_on_disk(tmp_path, monk
     assert [file.name for file in tmp_path.iterdir()] == [FILE]
 
 
+def test_a_write_that_is_cut_off_leaves_the_former_file(tmp_path, monkeypatch):
+    path = tmp_path / FILE
+    some_history().save(str(path))
+    good = path.read_bytes()
+
+    def cut_off(file, **arrays):
+        file.write(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(np, "savez", cut_off)
+    with pytest.raises(OSError, match="no space"):
+        History().save(str(path))
+    assert path.read_bytes() == good
+
+
 def test_a_file_is_written_into_the_folder_that_one_stands_in(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     some_history().save(FILE)
