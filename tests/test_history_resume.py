@@ -5,6 +5,7 @@ import logging
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from test_lifecycle import Trainer
 from test_questions import Letters
 from tiny_tokenizers import byte_pairs, tiny
@@ -14,6 +15,7 @@ from verl_hpt.errors import UserError
 from verl_hpt.history import History
 from verl_hpt.history_file import FILE, VERSION
 from verl_hpt.lifecycle import KEY, TOKENS, Lifecycle, depends, fingerprint
+from verl_hpt.run import Run
 
 NEEDS = {"history": {"cooldown": 3}}
 EMPTY = {"history": {"cooldown": 3, "on_missing": "empty"}}
@@ -225,6 +227,18 @@ def test_a_template_that_refuses_a_role_and_a_tokenizer_without_one_have_a_finge
             return super().encode(text.upper())
 
     assert fingerprint(Letters(), {}) == fingerprint(Letters(), {}) != fingerprint(Upper(), {})
+
+
+def test_a_run_describes_its_tokenizer_and_template_settings_once_it_has_them(tmp_path):
+    """``Run.meet`` comes before verl loads a checkpoint."""
+    thinking = {"enable_thinking": False}
+    run, trainer = Run.__new__(Run), Trainer()
+    run.settings, run.method, run.lifecycle = trainer.settings, trainer.method, trainer.lifecycle
+    data = {"max_response_length": 8, "apply_chat_template_kwargs": thinking}
+    model = {"model": {"path": str(tmp_path / "no model")}}
+    run.verl_config = OmegaConf.create({"data": data, "actor_rollout_ref": model})
+    run.meet(tiny("qwen3"))
+    assert run.lifecycle.history.depends == depends(trainer.settings, fingerprint(tiny("qwen3"), thinking))
 
 
 def test_the_tokenizer_of_a_run_is_described_in_its_checkpoint(tmp_path):
