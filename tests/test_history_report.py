@@ -7,8 +7,10 @@ import pyarrow.parquet
 import pytest
 from test_lifecycle import Trainer
 
-from verl_hpt import history_report
+from verl_hpt import cli, history_report
 from verl_hpt.errors import UserError
+from verl_hpt.history import prompt_number
+from verl_hpt.history_file import FILE
 
 
 def test_the_command_lists_forgotten_questions_with_their_text(tmp_path, capsys):
@@ -29,3 +31,112 @@ def test_the_command_lists_forgotten_questions_with_their_text(tmp_path, capsys)
         history_report.main([*arguments, "--prompt-key", "question"])
     with pytest.raises(UserError, match=r"nothing.npz: no history"):
         history_report.main([str(tmp_path / "nothing.npz")])
+
+
+def parquet(path, *names, **columns) -> str:
+    """Training data: a row a name; further columns, or None for one that is left out."""
+    rows = [
+        {"data_source": "src", "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": name}]}
+        for name in names
+    ]
+    table = [{k: v for k, v in (row | columns).items() if v is not None} for row in rows]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), path)
+    return str(path)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Five questions, drawn last at steps 1 to 5, every second one taught; two of its files of data."""
+    trainer = Trainer(n=2)
+    trainer.prompt = lambda name: [{"role": "system", "content": "s"}, {"role": "user", "content": name}]
+    for i in range(5):
+        trainer.step({f"question\n {i} {'x' * 90}": [i % 2, 0]})
+    trainer.lifecycle.history.tokens_saved = 1234.6
+    trainer.lifecycle.save(str(tmp_path))
+    return tmp_path
+
+
+def told(capsys, *arguments) -> dict:
+    assert cli.main(["history", *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_counts_alone_without_a_listing(run, capsys):
+    counts = {"questions": 5, "graduated": 0, "forgotten": 0, "hopeless": 3, "tokens_saved": 1234.6}
+    assert told(capsys, run) == told(capsys, run / FILE) == counts
+    assert cli.main(["history", str(run)]) == 0
+    line = "questions 5 · graduated 0 · forgotten 0 · hopeless 3 · tokens_saved 1,235"
+    assert capsys.readouterr().out.splitlines() == [line]
+
+
+@pytest.mark.parametrize(
+    ("limit", "steps"), [(None, [5, 4, 3, 2, 1]), (0, [5, 4, 3, 2, 1]), (2, [5, 4]), (1, [5]), (9, [5, 4, 3, 2, 1])]
+)
+def test_the_latest_draws_come_first_and_so_many_are_listed(run, capsys, limit, steps):
+    found = told(capsys, run, "--which", "all", *([] if limit is None else ["--limit", limit]))
+    assert [row["drawn_at"] for row in found["all_questions"]] == steps
+    assert found["listed"] == len(steps) and found["questions"] == 5
+    assert set(found["all_questions"][0]) == {"key", *history_report.SHOWN}, "no data, no text"
+
+
+def test_twenty_are_listed_where_nothing_is_said(tmp_path, capsys):
+    trainer = Trainer(n=2)
+    trainer.step({f"q{i}": [0, 0] for i in range(25)})
+    trainer.lifecycle.save(str(tmp_path))
+    listed = told(capsys, tmp_path, "--which", "hopeless")["hopeless_questions"]
+    keys = trainer.lifecycle.history.listing("hopeless")["key"][:20]
+    assert [row["key"] for row in listed] == [f"{key:016x}" for key in keys], "of one step: in the history's order"
+
+
+def test_a_limit_below_zero_is_refused(run, capsys):
+    assert cli.main(["history", str(run), "--which", "all", "--limit", "-1"]) == 2
+    assert "--limit -1: give a number of questions, or 0 for all" in capsys.readouterr().err
+
+
+def test_questions_are_named_by_the_rows_of_several_files(run, capsys):
+    names = [f"question\n {i} {'x' * 90}" for i in range(5)]
+    one = parquet(run / "one.parquet", "unknown", names[4], names[4], names[3])
+    two = parquet(run / "two.parquet", names[3], names[2])
+    found = told(capsys, run, "--which", "all", "--data", one, "--data", two)
+    texts = [f"question {i} {'x' * 90}" for i in range(5)]
+    assert [row["question"] for row in found["all_questions"]] == [
+        f"row 1: {texts[4]}", f"row 0: {texts[3]}", f"row 1: {texts[2]}", *["not in the data given"] * 2,
+    ]  # fmt: skip
+    assert cli.main(["history", str(run), "--which", "all", "--data", one]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("tokens_saved 1,235 · listed 5") and len(lines) == 6
+    key = f"{found['all_questions'][0]['key']}"
+    shown = f"row 1: {texts[4]}"[:100]
+    assert lines[1] == (
+        f"{key}  solved 0 of 2 at step 5, drawn 1 times, taught 1 (last at step 5), failed 1 in a row  {shown}"
+    )
+    assert "solved 1 of 2 at step 4, drawn 1 times, taught 0, failed 0 in a row  row 3: question 3" in lines[2]
+
+
+def test_rows_beyond_the_first_four_thousand_keep_their_number(run, capsys):
+    name = f"question\n 4 {'x' * 90}"
+    data = parquet(run / "long.parquet", *map(str, range(4100)), name)
+    found = told(capsys, run, "--which", "all", "--data", data, "--limit", 1)
+    assert found["all_questions"][0]["question"].startswith("row 4100: question 4 xx")
+
+
+def test_data_without_a_source_has_the_empty_one_and_another_column_may_hold_the_prompt(tmp_path, capsys):
+    trainer = Trainer(n=2)
+    messages = [{"role": "user", "content": "plain"}]
+    trainer.step({"q": [0, 0]})
+    history = trainer.lifecycle.history
+    history._prompts.keys[0] = prompt_number("", messages)
+    history._prompts = type(history._prompts)(history._prompts.keys.copy())
+    trainer.lifecycle.save(str(tmp_path))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"asked": messages}]), tmp_path / "data.parquet")
+    listing = ["--which", "hopeless", "--data", tmp_path / "data.parquet", "--prompt-key", "asked"]
+    assert told(capsys, tmp_path, *listing)["hopeless_questions"][0]["question"] == "row 0: plain"
+
+
+@pytest.mark.parametrize("content", [None, b"no parquet"])
+def test_data_that_is_no_parquet_is_named(run, capsys, content):
+    data = run / "data.parquet"
+    if content is not None:
+        data.write_bytes(content)
+    assert cli.main(["history", str(run), "--which", "all", "--data", str(data)]) == 2
+    assert f"{data}: cannot be read as parquet" in capsys.readouterr().err

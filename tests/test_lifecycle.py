@@ -8,9 +8,9 @@ from test_questions import Letters, scored
 
 from verl_hpt import config, mixing
 from verl_hpt.errors import UserError
-from verl_hpt.history import number
-from verl_hpt.lifecycle import SPARED, Lifecycle
-from verl_hpt.mixing import PlanSettings, plan
+from verl_hpt.history import Draw, number, numbers, prompt_number
+from verl_hpt.lifecycle import SPARED, UNKNOWN, Lifecycle, Past
+from verl_hpt.mixing import PlanSettings, Question, plan
 from verl_hpt.questions import Group, Reader, questions_of
 
 
@@ -200,6 +200,175 @@ def test_a_checkpoint_without_history_stops_a_run_that_needs_it(tmp_path, caplog
     Trainer({"history": {"cooldown": 3, "on_missing": "empty"}}).lifecycle.load(str(tmp_path))
     Trainer().lifecycle.load(str(tmp_path))
     assert caplog.text.count("it starts empty") == 2
+
+
+# --- boundaries, value by value ---------------------------------------------------------------------------------------
+
+
+def taught(lifecycle, step, *names) -> None:
+    """Questions that train on a demonstration at a step."""
+    keys, ones = numbers([number_text(name) for name in names]), np.ones(len(names), dtype=bool)
+    lifecycle.history.observe(step, Draw(keys, keys, 0 * ones, 4 * ones, ones, ~ones))
+
+
+def asked(*names, demos=("one",)) -> list[Group]:
+    return [Group(name, [0], number_text(name), "src", [1], {"target": list(demos)}) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("cooldown", "at", "rests"),
+    [
+        (0, 5, {6: False}),
+        (1, 5, {6: True, 7: False}),
+        (3, 5, {6: True, 8: True, 9: False, 10: False}),
+        (3, 1, {2: True, 4: True, 5: False}),
+        (9, 1, {2: True, 10: True, 11: False}),
+    ],
+)
+def test_a_question_rests_for_so_many_steps_after_its_last_use_and_an_unknown_one_never(cooldown, at, rests):
+    lifecycle = Trainer({"history": {"cooldown": cooldown}}).lifecycle
+    taught(lifecycle, at, "q")
+    untaught, none = numbers([number_text("untaught")]), np.zeros(1, dtype=bool)
+    lifecycle.history.observe(at, Draw(untaught, untaught, none * 0, none + 4, none, ~none))
+    for step, resting in rests.items():
+        past = lifecycle.past(asked("q", "new", "untaught"), step)
+        assert [known.cooling for known in past] == [resting, False, False], step
+    taught(lifecycle, at + 4, "q")
+    assert lifecycle.past(asked("q"), at + 4 + max(cooldown, 1))[0].cooling == (cooldown > 0), "the last use counts"
+    assert not lifecycle.past(asked("q"), at + 5 + cooldown)[0].cooling
+
+
+def test_a_demonstration_is_retired_from_so_many_uses_on():
+    past = Past(uses=9, demo_uses=[2, 3, 4], retire_after=3)
+    assert [past.retired(place) for place in range(5)] == [False, True, True, False, False]
+    assert [past.used(place) for place in range(5)] == [2, 3, 4, 0, 0]
+    assert not any(Past(demo_uses=[9], retire_after=None).retired(place) for place in range(2))
+    assert not Past(retire_after=1).retired(0) and Past(demo_uses=[1], retire_after=1).retired(0)
+    assert Past() == UNKNOWN == Past(uses=0, cooling=False, demo_uses=(), retire_after=None)
+
+
+def test_the_past_of_one_demonstration_is_its_questions_and_of_several_each_ones_own():
+    lifecycle = Trainer({"history": {"retire_after": 5}}).lifecycle
+    for step in (1, 2, 3):
+        taught(lifecycle, step, "one", "two")
+    lifecycle.history.observe_demos(numbers([number_text("two")] * 3), np.array([1, 1, 0]))
+    one, two, new = asked("one"), asked("two", demos=("a", "b", "c")), asked("new", demos=("a", "b"))
+    none = [Group("none", [0], number_text("none"), "src", [1], {}), *asked("empty", demos=())]
+    assert lifecycle.past([*one, *two, *new, *none], 4) == [
+        Past(uses=3, demo_uses=[3], retire_after=5),
+        Past(uses=3, demo_uses=[1, 2, 0], retire_after=5),
+        Past(uses=0, demo_uses=[0, 0], retire_after=5),
+        Past(uses=0, demo_uses=[0], retire_after=5),
+        Past(uses=0, demo_uses=[0], retire_after=5),
+    ]
+    assert lifecycle.past(one, 4) == [Past(uses=3, demo_uses=[3], retire_after=5)]
+    assert lifecycle.past([], 4) == []
+
+
+def test_how_many_rollouts_are_spared_value_by_value():
+    """By failures in a row (below, at and above the limit), and by a question's own number of rollouts."""
+    lifecycle = Trainer({"history": {"early_gate": {"after_failures": 3, "rollouts": 2}}}, n=8).lifecycle
+    prompts = [[{"role": "user", "content": f"{failures} failures"}] for failures in range(6)]
+    ids = np.array([prompt_number("src", prompt) for prompt in prompts], dtype=np.uint64)
+    for step in range(1, 6):
+        who = np.arange(step, 6)
+        none = np.zeros(len(who), dtype=bool)
+        lifecycle.history.observe(step, Draw(ids[who], ids[who], none * 0, none * 8, none, ~none))
+    assert lifecycle.spared(["src"] * 6, prompts) == [0, 0, 0, 6, 6, 6]
+    assert lifecycle.spared(["src"] * 6, prompts, [8, 8, 3, 3, 2, 1]) == [0, 0, 0, 1, 0, 0]
+    assert lifecycle.spared(["src"] * 6, prompts, [16, 1, 0, 16, 4, 0]) == [0, 0, 0, 14, 2, 0]
+    assert lifecycle.spared(["other", "", None], prompts[3:]) == [0, 0, 0], "another source, another question"
+    assert lifecycle.spared([], []) == []
+    with pytest.raises(ValueError, match="zip"):
+        lifecycle.spared(["src"], prompts)
+
+
+def test_a_question_without_a_data_source_has_the_empty_one():
+    lifecycle = Trainer({"history": {"early_gate": {"after_failures": 1}}}).lifecycle
+    prompt, none = [{"role": "user", "content": "q"}], np.zeros(1, dtype=bool)
+    key = np.array([prompt_number("", prompt)], dtype=np.uint64)
+    lifecycle.history.observe(1, Draw(key, key, none * 0, none * 4, none, ~none))
+    assert lifecycle.spared([None], [prompt]) == lifecycle.spared([""], [prompt]) == [3]
+
+
+def test_the_metrics_of_a_step_and_what_is_remembered_value_by_value():
+    """Four questions: taught with one demonstration; on RL; taught with two of three; its rollout spared, no prompt."""
+    gated = {"gate": {"success": 0.5}, "history": {"early_gate": {"after_failures": 9}}}
+    trainer = Trainer({"demo": {"per_question": 2}, **gated})
+    lifecycle = trainer.lifecycle
+    columns = [
+        {"target": ["a"], "raw_prompt": trainer.prompt("one")},
+        {"target": ["a"], "raw_prompt": trainer.prompt("two")},
+        {"target": ["a", "b", "c"], "raw_prompt": trainer.prompt("three")},
+        {"target": ["a"]},
+    ]
+    names = ["one", "two", "three", "four"]
+    groups = [Group(n, [], number_text(n), "src", [1], c) for n, c in zip(names, columns, strict=True)]
+    rollouts = [([0.0, 0.4], [10, 30]), ([0.5, 1.0, 0.0], [1, 2, 3]), ([0.0], [7]), ([], [])]
+    demonstrations = [[0], [], [2, 0], []]
+    questions = [
+        Question(number_text(name), np.array(rewards), np.array(lengths, dtype=int), source="src",
+                 demo_lengths=np.full(len(places), 5), demo_rewards=np.ones(len(places)), skipped_rollouts=skipped)
+        for name, (rewards, lengths), places, skipped in zip(names, rollouts, demonstrations, (0, 0, 3, 2), strict=True)
+    ]  # fmt: skip
+    read = [[(None, {"place": place}) for place in places] for places in demonstrations]
+    settings = PlanSettings(trainer.method, "question", 10, gate=trainer.settings.gate.at(7))
+    counts = Counter({"history/retired": 2, "history/cooling": 3, "unusable": 1})
+    lifecycle.history.tokens_saved = 100.0
+    made = plan(questions, settings)
+    metrics = lifecycle.remember(7, groups, questions, read, made, counts)
+    assert metrics == {
+        "hpt/history/questions": 4.0,
+        "hpt/history/graduated": 0.0,
+        "hpt/history/forgotten": 0.0,
+        "hpt/history/hopeless": 3.0,
+        "hpt/history/retired": 2.0,
+        "hpt/history/cooling": 3.0,
+        "hpt/history/early_gated": 2.0,
+        "hpt/history/tokens_sampled": 53.0,
+        "hpt/history/tokens_saved": 21.0,
+        "hpt/history/tokens_saved_total": 121.0,
+    }
+    assert all(type(value) is float for value in metrics.values())
+    keys = numbers([number_text(name) for name in names])
+    seen = lifecycle.history.look_up(keys, "solved", "rollouts", "drawn", "failures", "uses", "drawn_at", "taught_at")
+    assert [column.tolist() for column in seen] == [
+        [0, 2, 0, 0], [2, 3, 1, 0], [1, 1, 1, 1], [1, 0, 1, 1], [1, 0, 1, 0], [7, 7, 7, 7], [7, 0, 7, 0],
+    ]  # fmt: skip
+    assert lifecycle.history.demo_uses(keys, np.array([1, 1, 3, 1])) == [[0], [0], [1, 0, 1], [0]]
+    prompts = np.array([prompt_number("src", trainer.prompt(name)) for name in names], dtype=np.uint64)
+    known, found = lifecycle.history.keys_of_prompts(prompts)
+    assert known.tolist() == [True, True, True, False] and found[:3].tolist() == keys[:3].tolist()
+
+
+@pytest.mark.parametrize(
+    ("node", "named"),
+    [
+        ({}, []),
+        ({"history": {"retire_after": 1}}, ["hpt.history.retire_after"]),
+        ({"history": {"cooldown": 1}}, ["hpt.history.cooldown"]),
+        ({"history": {"cooldown": 0}}, []),
+        ({"history": {"early_gate": {"after_failures": 1}}}, ["hpt.history.early_gate"]),
+        ({"demo": {"select": "round_robin"}}, ["hpt.demo.select=round_robin"]),
+        ({"demo": {"select": "unseen_first"}}, ["hpt.demo.select=unseen_first"]),
+        *(({"demo": {"select": select}}, []) for select in ("first", "random", "shortest")),
+        ({"history": {"on_missing": "empty"}, "question_key": "id"}, []),
+        (
+            {"history": {"retire_after": 2, "cooldown": 1, "early_gate": {"after_failures": 1}}},
+            ["hpt.history.retire_after", "hpt.history.cooldown", "hpt.history.early_gate"],
+        ),
+    ],
+)
+def test_settings_whose_effect_depends_on_the_history_are_named(node, named):
+    assert Trainer(node).lifecycle.matters == named
+
+
+@pytest.mark.parametrize(("rollouts", "n"), [(4, 4), (5, 4), (1, 1), (2, 1)])
+def test_an_early_gate_that_spares_nothing_is_refused(rollouts, n):
+    message = f"early_gate.rollouts={rollouts} spares nothing: actor_rollout_ref.rollout.n is {n}$"
+    with pytest.raises(UserError, match=message):
+        Trainer({"history": {"early_gate": {"after_failures": 1, "rollouts": rollouts}}}, n=n)
+    Trainer({"history": {"early_gate": {"after_failures": 1, "rollouts": rollouts}}}, n=rollouts + 1)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 Ten million questions must fit beside a trainer, and a step's questions must be found in a moment, so a question is a
 row of a few short columns and its identity a 64-bit number in a hash index; nothing here is a Python object a question.
-What is done with the numbers stands in ``verl_hpt.lifecycle``.
+What is done with the numbers stands in ``verl_hpt.lifecycle``, how they are kept in ``verl_hpt.history_file``.
 
 Identities: ``number(key)`` of the plan's key (a hash of data source and prompt tokens, or the user's
 ``hpt.question_key``). A second index leads from the prompt as the dataset has it (``prompt_number``) to the same row:
@@ -13,34 +13,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from verl_hpt import history_file
 from verl_hpt.errors import UserError
+from verl_hpt.history_file import COLUMNS
 
-VERSION = 1
-FILE = "hpt_history.npz"
-
-# Column -> type. Counts of rollouts and failures stop at the largest number of their type.
-COLUMNS = {
-    "solved": np.uint16,  # rollouts of the last draw that were solved
-    "rollouts": np.uint16,  # rollouts of the last draw that came back
-    "drawn": np.uint32,  # draws that the update saw
-    "failures": np.uint16,  # draws in a row, the last one included, of which no rollout was solved
-    "uses": np.uint32,  # draws at which it trained on demonstrations
-    "drawn_at": np.int32,  # step of the last draw
-    "taught_at": np.int32,  # step at which it last trained on a demonstration; 0: never
-    "flags": np.uint8,
-}
 SOLVED, TAUGHT, GRADUATED, FORGOTTEN = 1, 2, 4, 8
 LISTINGS = ("graduated", "forgotten", "hopeless", "all")
-_MOST = np.iinfo(np.uint16).max
+_MOST = {name: np.iinfo(kind).max for name, kind in COLUMNS.items()}
+_MOST_USES = np.iinfo(np.uint16).max  # of one demonstration
 _GROWTH = 1.25  # of a full column: a quarter at most lies idle
 _FULL = 0.7  # share of the index's table that may be taken
 _HEX = re.compile(r"[0-9a-f]{16}")
@@ -175,6 +162,7 @@ class History:
         self._prompt_rows = np.zeros(0, dtype=np.int32)
         self._demo_uses = np.zeros(0, dtype=np.uint16)
         self.tokens_saved = 0.0  # by the early gate since the run began
+        self.depends: dict[str, dict] = {"identity": {}, "flags": {}}  # see ``lifecycle.depends``
 
     def __len__(self) -> int:
         return len(self._index)
@@ -235,22 +223,30 @@ class History:
         for flag, where in ((FORGOTTEN, before & ~now), (SOLVED, now), (TAUGHT, taught), (GRADUATED, graduates)):
             flags[where] |= np.uint8(flag)
         columns["flags"][rows] = flags
-        failures = np.minimum(columns["failures"][rows].astype(np.int64) + 1, _MOST)
-        columns["failures"][rows] = np.where(now, 0, failures)
-        columns["solved"][rows] = np.minimum(draw.solved[which], _MOST)
-        columns["rollouts"][rows] = np.minimum(draw.rollouts[which], _MOST)
-        columns["drawn"][rows] += 1
-        columns["uses"][rows] += taught.astype(np.uint32)
-        columns["drawn_at"][rows] = step
-        columns["taught_at"][rows[taught]] = step
+        for name, values, which_rows in (
+            ("failures", np.where(now, 0, columns["failures"][rows].astype(np.int64) + 1), rows),
+            ("solved", draw.solved[which], rows),
+            ("rollouts", draw.rollouts[which], rows),
+            ("drawn", columns["drawn"][rows].astype(np.int64) + 1, rows),
+            ("uses", columns["uses"][rows].astype(np.int64) + taught, rows),
+            ("drawn_at", step, rows),
+            ("taught_at", step, rows[taught]),
+        ):
+            columns[name][which_rows] = np.minimum(values, _MOST[name])
 
     def _link(self, prompts: np.ndarray, rows: np.ndarray) -> None:
-        """Let prompts that are new lead to their questions' rows."""
+        """Let each prompt lead to the row of its latest draw; to the first by key where a batch has several.
+
+        A run resumed under other identities draws its questions into new rows, and the old rows go stale.
+        """
         prompts, first = np.unique(prompts, return_index=True)
-        new = (self._prompts.find(prompts) < 0) & (prompts != 0)
-        at = self._prompts.add(prompts[new])
-        self._prompt_rows = _grown(self._prompt_rows, len(self._prompts) - len(at), len(self._prompts))
-        self._prompt_rows[at] = rows[first[new]]
+        rows = rows[first[prompts != 0]]
+        prompts = prompts[prompts != 0]
+        at = self._prompts.find(prompts)
+        new = at < 0
+        at[new] = self._prompts.add(prompts[new])
+        self._prompt_rows = _grown(self._prompt_rows, len(self._prompts) - int(new.sum()), len(self._prompts))
+        self._prompt_rows[at] = rows
 
     # --- single demonstrations -----------------------------------------------------------------------------------
 
@@ -261,7 +257,7 @@ class History:
         unknown = at < 0
         at[unknown] = self._demos.add(pairs[unknown])
         self._demo_uses = _grown(self._demo_uses, len(self._demos) - int(unknown.sum()), len(self._demos))
-        self._demo_uses[at] = np.minimum(self._demo_uses[at].astype(np.int64) + uses, _MOST)
+        self._demo_uses[at] = np.minimum(self._demo_uses[at].astype(np.int64) + uses, _MOST_USES)
 
     def demo_uses(self, keys: np.ndarray, counts: np.ndarray) -> list[list[int]]:
         """How often each of a question's ``counts[i]`` demonstrations was used; one list a question."""
@@ -303,8 +299,9 @@ class History:
     def state_dict(self) -> dict[str, np.ndarray]:
         """Everything, as arrays without idle room."""
         return {
-            "version": np.array(VERSION),
-            "tokens_saved": np.array(self.tokens_saved),
+            "version": np.array(history_file.VERSION, dtype=np.int64),
+            "tokens_saved": np.array(self.tokens_saved, dtype=np.float64),
+            "depends": np.array(json.dumps(self.depends)),
             "keys": self._index.keys,
             "prompts": self._prompts.keys,
             "prompt_rows": self._prompt_rows[: len(self._prompts)],
@@ -316,48 +313,30 @@ class History:
         """Become what ``state_dict`` gave.
 
         Raises:
-            UserError: another version, or arrays that do not fit together.
+            UserError: not what it gave, see ``history_file.check``.
         """
-        version = int(state["version"]) if "version" in state else None
-        if version != VERSION:
-            raise UserError(f"a history of version {version}; this verl-hpt reads version {VERSION}")
-        lacking = [name for name in self.state_dict() if name not in state]
-        if lacking:
-            raise UserError(f"a history without {', '.join(lacking)}")
-        for name, of in (*((c, "keys") for c in COLUMNS), ("prompt_rows", "prompts"), ("demo_uses", "demos")):
-            if state[name].shape != state[of].shape:
-                raise UserError(f"a history whose {name} has shape {state[name].shape}, its {of} {state[of].shape}")
+        history_file.check(state)
         self._index, self._prompts, self._demos = (Index(state[name]) for name in ("keys", "prompts", "demos"))
-        self._rows = {name: state[name].astype(kind) for name, kind in COLUMNS.items()}
-        self._prompt_rows = state["prompt_rows"].astype(np.int32)
-        self._demo_uses = state["demo_uses"].astype(np.uint16)
-        self.tokens_saved = float(state["tokens_saved"])
+        self._rows = {name: state[name].copy() for name in COLUMNS}
+        self._prompt_rows, self._demo_uses = state["prompt_rows"].copy(), state["demo_uses"].copy()
+        self.tokens_saved, self.depends = float(state["tokens_saved"]), history_file.description(state["depends"])
 
     def save(self, path: str) -> None:
-        """Write to ``path`` whole or not at all: a file beside it takes its place when it is safe on disk."""
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        partial = f"{path}.partial"
-        with open(partial, "wb") as file:
-            np.savez(file, **self.state_dict())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        """Write to ``path`` whole or not at all."""
+        history_file.write(path, self.state_dict())
 
     @classmethod
     def read(cls, path: str) -> History:
         """The history that ``save`` wrote.
 
         Raises:
-            UserError: no such file, or not such a file; names it.
+            UserError: no such file, or not such a file; names it. ``OtherVersion`` where that is what is wrong.
         """
-        history = cls()
+        history, arrays = cls(), history_file.read(path)
         try:
-            with np.load(path, allow_pickle=False) as file:
-                history.load_state_dict({name: file[name] for name in file.files})
+            history.load_state_dict(arrays)
         except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-            raise UserError(f"{path}: no history of verl-hpt can be read from it ({error})") from error
+            raise type(error)(f"{path}: {error}") from None
         return history
 
 

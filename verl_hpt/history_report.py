@@ -16,7 +16,8 @@ import numpy as np
 
 from verl_hpt import demos
 from verl_hpt.errors import UserError
-from verl_hpt.history import FILE, LISTINGS, History, prompt_number
+from verl_hpt.history import LISTINGS, History, prompt_number
+from verl_hpt.history_file import FILE
 
 SHOWN = ("drawn", "solved", "rollouts", "failures", "uses", "drawn_at", "taught_at")
 
@@ -57,6 +58,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--limit", type=int, default=20, help="questions to list; 0: all")
     parser.add_argument("--json", action="store_true", help="for machines")
     options = parser.parse_args(argv)
+    if options.limit < 0:
+        raise UserError(f"--limit {options.limit}: give a number of questions, or 0 for all")
     path = options.checkpoint
     history = History.read(os.path.join(path, FILE) if os.path.isdir(path) else path)
     result = {**history.totals(), "tokens_saved": history.tokens_saved}

@@ -5,22 +5,36 @@ Settings in ``hpt.history``; the numbers themselves in ``verl_hpt.history``. No 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from verl_hpt import demos, history
 from verl_hpt.config import Settings
 from verl_hpt.errors import UserError
-from verl_hpt.history import FILE, Draw, History
+from verl_hpt.history import Draw, History
+from verl_hpt.history_file import FILE, OtherVersion
 from verl_hpt.mixing import DEMO, Plan, Question
 
 logger = logging.getLogger(__name__)
 SPARED = "hpt_spared"  # column of a drawn question: rollouts that the early gate did not sample
+KEY = "hpt.question_key"
+TOKENS = "the tokens of a prompt (tokenizer, chat template, data.apply_chat_template_kwargs)"
+
+# Rendered and tokenised to tell whether prompts become the same tokens as before.
+SAMPLE = 'What is 12 + 3,456.7?\nÇa vaut √2 ≈ 1.41; 请回答。 def f(x):\n    return x**2  # {"a": [1]}'
+CONVERSATIONS = (
+    [{"role": "user", "content": SAMPLE}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": SAMPLE}],
+    [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "2."}, {"role": "user", "content": SAMPLE}],
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,55 @@ class Past:
 UNKNOWN = Past()
 
 
+def fingerprint(tokenizer, template_kwargs: Mapping[str, Any]) -> str:
+    """A short hash of the tokens that fixed conversations become, rendered as verl renders a prompt."""
+    tokens: list = [tokenizer.encode(SAMPLE, add_special_tokens=False)]
+    for messages in CONVERSATIONS:
+        try:
+            text = tokenizer.apply_chat_template(
+                messages, **{**template_kwargs, "tokenize": False, "add_generation_prompt": True}
+            )
+            tokens.append(tokenizer.encode(text, add_special_tokens=False))
+        except Exception as error:  # a template may refuse a role, in whatever way it likes
+            tokens.append(type(error).__name__)
+    return hashlib.blake2b(json.dumps(tokens).encode(), digest_size=8).hexdigest()
+
+
+def depends(settings: Settings, tokens: str) -> dict[str, dict]:
+    """What a history depends on: ``identity``, by which its questions are found, and ``flags``, what counts as solved.
+
+    tokens: the tokenizer's fingerprint; it matters where no column names the questions.
+    """
+    gates = {"hpt.gate": settings.gate} | {f"hpt.per_source.{s}.gate": o.gate for s, o in settings.per_source.items()}
+    counted = ("success", "finished", "metric")
+    return {
+        "identity": {KEY: settings.question_key, TOKENS: tokens if settings.question_key is None else None},
+        "flags": {place: {name: getattr(gate, name) for name in counted} for place, gate in gates.items()},
+    }
+
+
+def _identity_changes(then: dict, now: dict) -> list[str]:
+    name = KEY if then.get(KEY) != now.get(KEY) else TOKENS
+    return [] if then.get(name) == now.get(name) else [_change(name, then.get(name), now.get(name))]
+
+
+def _flag_changes(then: dict, now: dict) -> list[str]:
+    """Differences of the gates; a data source without a gate of its own has the general one."""
+    changes = []
+    for place in dict.fromkeys([*now, *then]):
+        old, new = (gates.get(place, gates.get("hpt.gate", {})) for gates in (then, now))
+        changes += [
+            _change(f"{place}.{name}", old.get(name), new.get(name))
+            for name in dict.fromkeys([*new, *old])
+            if old.get(name) != new.get(name)
+        ]
+    return changes
+
+
+def _change(name: str, then: Any, now: Any) -> str:
+    return f"{name} was {json.dumps(then)}, is {json.dumps(now)} now"
+
+
 class Lifecycle:
     """The history of a run, and the rules of ``hpt.history``."""
 
@@ -62,6 +125,10 @@ class Lifecycle:
                 f"hpt.history.early_gate.rollouts={gate.rollouts} spares nothing: actor_rollout_ref.rollout.n is "
                 f"{rollouts}"
             )
+
+    def bind_tokenizer(self, tokenizer, template_kwargs: Mapping[str, Any]) -> None:
+        """Once the tokenizer is there: what the history depends on is known."""
+        self.history.depends = depends(self.settings, fingerprint(tokenizer, template_kwargs))
 
     @property
     def matters(self) -> list[str]:
@@ -166,19 +233,37 @@ class Lifecycle:
         """Take the history from a checkpoint's folder.
 
         Raises:
-            UserError: it has none although settings depend on it, or it cannot be read.
+            UserError: it cannot be read; or it has none, one of another version, or one whose questions cannot be
+                found again, although settings depend on it.
         """
-        path = os.path.join(folder, FILE)
-        if os.path.exists(path):
-            self.history = History.read(path)
+        path, now = os.path.join(folder, FILE), self.history.depends
+        if not os.path.exists(path):
+            text = f"the checkpoint has no history of its questions ({path} does not exist)"
+            self._start_empty(text, "Resume from a checkpoint that has it")
             return
-        text = f"the checkpoint has no history of its questions ({path} does not exist)"
+        try:
+            found = History.read(path)
+        except OtherVersion as error:
+            self._start_empty(str(error), "Resume with the verl-hpt that wrote it")
+            return
+        except UserError as error:
+            raise UserError(f"{error}. Resume from another checkpoint, or delete this file") from None
+        if changes := _identity_changes(found.depends["identity"], now["identity"]):
+            text = f"{path}: {'; '.join(changes)}, so its questions cannot be found again"
+            self._start_empty(text, "Set the old value back")
+            return
+        for change in _flag_changes(found.depends["flags"], now["flags"]):
+            logger.warning("%s: %s; what it counts as solved till here is the old gate's", path, change)
+        self.history, self.history.depends = found, now
+
+    def _start_empty(self, why: str, remedy: str) -> None:
+        """Warn and begin without a history; raise where settings depend on it and the user has not said so."""
         if self.matters and self.settings.history.on_missing == "error":
             raise UserError(
-                f"{text}, and {', '.join(self.matters)} would act as if no question had been drawn before. Resume "
-                "from a checkpoint that has it, or set hpt.history.on_missing=empty"
+                f"{why}, and {', '.join(self.matters)} would act as if no question had been drawn before. {remedy}, or "
+                "set hpt.history.on_missing=empty"
             )
-        logger.warning("%s; it starts empty", text)
+        logger.warning("%s; it starts empty", why)
 
 
 def _messages(group) -> list | None:

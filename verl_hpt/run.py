@@ -161,6 +161,7 @@ class Run:
             self.settings.seed,
             data.get("apply_chat_template_kwargs") or {},
         )
+        self.lifecycle.bind_tokenizer(tokenizer, self.reader.template_kwargs)
 
     # --- every step ----------------------------------------------------------------------------------------------
 
