@@ -1,5 +1,6 @@
-"""Which data the tests use: made or real, said aloud, never half of either; and that what is made is worth testing on."""
+"""Which data the tests use: made or real, said aloud, never half of either; and what is made is worth testing on."""
 
+import json
 import os
 import re
 import subprocess
@@ -24,9 +25,8 @@ def test_every_file_has_the_rows_it_is_known_for():
 def test_solutions_are_of_gsm8ks_form_in_all_its_variety():
     rows = gsm8k()
     assert all(set(row) == {"question", "answer"} for row in rows)
-    assert len({row["question"] for row in rows} | {row["question"] for row in gsm8k("test")}) == len(rows) + len(
-        gsm8k("test")
-    )
+    both = [*rows, *gsm8k("test")]
+    assert len({row["question"] for row in both}) == len(both)
     answers = [row["answer"] for row in rows]
     ends = [answer.splitlines()[-1] for answer in answers]
     assert all(re.fullmatch(r"#### -?[\d,]+", end) for end in ends) and len(set(ends)) > 200
@@ -42,9 +42,10 @@ def test_solutions_are_of_gsm8ks_form_in_all_its_variety():
 @pytest.mark.parametrize("style", STYLES)
 def test_tiny_tokenizers_have_merges_and_llama3s_adds_a_begin_token(style):
     tokenizer = tiny(style)
-    text = gsm8k()[-1]["answer"]
+    text = "\n".join(row["answer"] for row in gsm8k()[-200:])
     plain = tokenizer.encode(text, add_special_tokens=False)
-    assert len(plain) < len(text) / 2 and tokenizer.decode(plain) == text
+    assert len(json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]) > 1000
+    assert len(plain) < 0.6 * len(text) and tokenizer.decode(plain) == text
     assert tokenizer.encode(text) == ([tokenizer.bos_token_id, *plain] if style == "llama3" else plain)
 
 
@@ -84,12 +85,12 @@ def test_header_says_that_data_is_made():
 
 
 def test_made_data_is_the_same_in_every_process():
-    code = (
-        "import made_data as m; m.kind = lambda: 'made'; print(hash(m.gsm8k()[7]['answer']), m.eval_set('minerva')[3])"
-    )
-    given = {k: v for k, v in os.environ.items() if k != VARIABLE} | {"PYTHONHASHSEED": "0"}
-    told = {subprocess.check_output([sys.executable, "-c", code], env=given, cwd=ROOT / "tests") for _ in range(2)}
-    assert len(told) == 1
+    code = "import made_data as m; print([m.gsm8k(), m.gsm8k('test'), [m.eval_set(name) for name in m.EVAL]])"
+    given, command = {k: v for k, v in os.environ.items() if k != VARIABLE}, [sys.executable, "-X", "utf8", "-c", code]
+    told = {
+        subprocess.check_output(command, env={**given, "PYTHONHASHSEED": seed}, cwd=ROOT / "tests") for seed in "12"
+    }
+    assert len(told) == 1 and len(told.pop()) > 1_000_000
 
 
 @pytest.mark.parametrize("beside, named", [(True, False), (False, False), (True, True), (False, True)])
