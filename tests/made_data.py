@@ -87,12 +87,23 @@ def _write(to: Path) -> Path:
     return to
 
 
-_NAMES = "Ada Bo Chidi Dalia Emre Farah Goran Hana Ines Jonas Kemi Lior Mina Noor Owen Priya Quinn Rosa Sven Tariq Uma"
-_NAMES = [*_NAMES.split(), "José", "Zoë", "Renée", "Anaïs", "Mrs. Nuñez", "Dr. O’Hara", "the baker’s son"]
-_THINGS = (
-    "apples stamps marbles pencils candles postcards seashells cookies tickets bricks sunflowers notebooks buttons"
-)
-_THINGS = [*_THINGS.split(), "cans of paint", "crème brûlées", "jars of honey", "30-page booklets", "AA-batteries"]
+# Words enough that a tokenizer of two thousand tokens finds its merges: names are put together, things have adjectives.
+_WORDS = {
+    "begin": "Al Ber Chi Da El Fa Gor Ha In Jo Ke Lu Mar No Ow Pri Quen Ro Sven Tar Um Vi Wil Xan Yas Zel",
+    "middle": "be da fre go hi ju ka len mi nu o pe ra si tho u va wen xi za",
+    "end": "bert dia fan gus han jin kov la mon na rick sha ton vy wood",
+    "thing": """apples stamps marbles pencils candles postcards seashells cookies tickets bricks sunflowers notebooks
+        buttons kites lemons ribbons muffins magnets feathers puzzles lanterns turnips whistles blankets""",
+    "kind": """amber broken cheap dusty empty fancy green heavy identical jagged knitted large mixed narrow old painted
+        quiet round small tiny unused violet wooden young zigzag ancient bright curved damp elegant frozen golden hollow
+        imported junior kindly loose modern numbered orange plastic rusty silver twisted useful varnished worn yellow
+        expensive foreign glittering handmade ironed jolly leftover magnetic naughty ordinary precious rectangular
+        smooth transparent ugly valuable waterproof polished wrinkled scented striped square triangular faded folded
+        fresh dried sealed labelled unlabelled second-hand half-price oversized miniature experimental""",
+}
+_WORDS = {name: words.split() for name, words in _WORDS.items()}
+_NAMES = ["José", "Zoë", "Renée", "Anaïs", "Mrs. Nuñez", "Dr. O’Hara", "the baker’s son"]
+_THINGS = [*_WORDS["thing"], "cans of paint", "crème brûlées", "jars of honey", "30-page booklets", "AA-batteries"]
 _PLACES = ["the market", "school", "her aunt's garden", "Lake Orta", "the fair (which opens at 9 a.m.)", "a café"]
 _MORE = ["finds", "is given", "buys", "wins", "collects", "picks up", "orders", "unpacks", "borrows", "makes"]
 _LESS = ["gives away", "loses", "sells", "lends", "breaks", "throws out", "returns", "uses up", "trades", "hides"]
@@ -142,7 +153,12 @@ def _step(draw: random.Random, have: int) -> tuple[str, str, int, str]:
 
 def _solved(draw: random.Random, asked: set[str]) -> dict[str, str]:
     """One question that none of `asked` is, with its worked solution; about one in seventy has no calculator marks."""
-    who, thing, where = draw.choice(_NAMES), draw.choice(_THINGS), draw.choice(_PLACES)
+    who = (
+        draw.choice(_NAMES)
+        if draw.random() < 0.2
+        else "".join(draw.choice(_WORDS[at]) for at in ("begin", "middle", "end"))
+    )
+    thing, where = f"{draw.choice(_WORDS['kind'])} {draw.choice(_THINGS)}", draw.choice(_PLACES)
     have, marks, sign = draw.randint(2, 400), draw.random() > 1 / 70, draw.choice(["*", "x", "×"])
     told, lines = [f"{who} has {_number(draw, have)} {thing} at {where}."], []
     if draw.random() < 0.3:
