@@ -4,7 +4,9 @@
 #   bash tests/run.sh                       # everything, real trainings included
 #   bash tests/run.sh --ignore=tests/e2e    # without the trainings; arguments go to pytest
 #
-# Hardware   no GPU; 2 cores, 24 GiB of memory. Data: ../shared/data (GSM8K and the evaluation sets), beside the project.
+# Hardware   no GPU; 2 cores, 24 GiB of memory
+# Data       the tests make their own (tests/made_data.py). The same tests run on the real files, GSM8K and the paper's
+#            evaluation sets, where VERL_HPT_TEST_DATA names their folder; a folder that lacks one is an error.
 set -euo pipefail
 CPU_EXTRAS=dev
 # shellcheck source=recipes/cpu_env.sh

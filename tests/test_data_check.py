@@ -9,7 +9,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny_tokenizers import SHARED, STYLES, gsm8k, tiny
+from made_data import folder, gsm8k
+from tiny_tokenizers import STYLES, tiny
+from transformers import AutoTokenizer
 
 from verl_hpt.data import main
 from verl_hpt.data_questions import shared_frame, unframed
@@ -66,10 +68,10 @@ def checked(tmp_path, file, *options):
 
 
 def test_raw_gsm8k_needs_nothing_else_and_is_fine(tmp_path, capsys):
-    status, found, result = checked(tmp_path, str(SHARED / "gsm8k" / "train.jsonl"))
+    status, found, result = checked(tmp_path, str(folder() / "gsm8k" / "train.jsonl"))
     assert status == 0 and found == {}
-    assert result["rows"] == result["demonstrations"] == result["usable"] == 7473
-    assert result["rewards"] == {"openai/gsm8k": {"graded": 7473, "mean": 1.0, "rejected": 0}}
+    assert result["rows"] == result["demonstrations"] == result["usable"] == len(gsm8k())
+    assert result["rewards"] == {"openai/gsm8k": {"graded": len(gsm8k()), "mean": 1.0, "rejected": 0}}
     assert "nothing here would hurt training" in capsys.readouterr().out
 
 
@@ -157,7 +159,7 @@ def test_duplicates_contradictions_and_leaks(tmp_path):
 
 
 def test_gsm8k_test_set_is_not_in_its_training_set(tmp_path):
-    train, test = (str(SHARED / "gsm8k" / f"{n}.jsonl") for n in ("train", "test"))
+    train, test = (str(folder() / "gsm8k" / f"{n}.jsonl") for n in ("train", "test"))
     status, found, _ = checked(tmp_path, train, "--reward", "none", "--val", test)
     assert status == 0 and "leak" not in found
 
@@ -269,6 +271,43 @@ def test_mean_log_likelihood_is_the_models(tmp_path, tokenizers):
         -12 < v < -4 for v in result["log_likelihood"]["values"]
     )
     assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_prompts_have_the_templates_begin_token_and_demonstrations_none(tmp_path, tokenizers, monkeypatch):
+    """Under a tokenizer whose post-processor adds one: what is shown, what a model is asked, what lengths count."""
+    from verl_hpt import data_likelihood
+
+    asked, tokenizer = [], AutoTokenizer.from_pretrained(tokenizers / "llama3")
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert tokenizer.encode("a") == [bos, *tokenizer.encode("a", add_special_tokens=False)]
+
+    class Asked(data_likelihood.Likelihood):
+        def __init__(self, path, device=None):
+            pass
+
+        def __call__(self, prompt, demo):
+            asked.append((prompt, demo.ids))
+            return -1.0
+
+    monkeypatch.setattr(data_likelihood, "Likelihood", Asked)
+    table = rows(10)
+    expected = [
+        (
+            tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False),
+            [*tokenizer.encode(row["target"][0]["content"], add_special_tokens=False), eos],
+        )
+        for row in table
+    ]
+    assert all(prompt[0] == bos and prompt.count(bos) == 1 and bos not in ids for prompt, ids in expected)
+    file, given = write(tmp_path / "a.parquet", table), ("--tokenizer", str(tokenizers / "llama3"), "--model", "any")
+    shortest = str(min(len(prompt) for prompt, _ in expected))
+    _, found, result = checked(tmp_path, file, *given, "--show", "10", "--max-prompt-length", shortest)
+    assert [(shown["prompt_ids"], shown["ids"]) for shown in result["rendered"]] == expected == asked
+    assert found["prompt length"]["count"] == sum(len(prompt) > int(shortest) for prompt, _ in expected) < 10
+    assert result["lengths"]["max"] == max(len(ids) for _, ids in expected)
+    asked.clear()
+    assert main(["likelihood", file, str(tmp_path / "b.parquet"), *given]) == 0
+    assert asked == expected
 
 
 def test_json_is_all_that_standard_output_has_when_asked(tmp_path):

@@ -1,6 +1,7 @@
 """`data convert` and `eval-set`: every form becomes verl's, in a stream, and validation never leaks."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -9,14 +10,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny_tokenizers import SHARED, gsm8k, tiny
+from made_data import EVAL, eval_file, eval_set, folder, gsm8k
+from tiny_tokenizers import tiny
 
 from verl_hpt import reward
 from verl_hpt.data import main
 from verl_hpt.data_rows import in_validation, question_text
 from verl_hpt.demos import demonstrations, encode
 
-EVAL = {"aime24": 30, "aime25": 30, "amc23": 40, "gpqa": 198, "math-500": 500, "minerva": 272, "olympiad-bench": 674}
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -42,10 +43,12 @@ def converted(tmp_path, rows, *options, suffix=".jsonl"):
 
 def test_gsm8k_becomes_verls_parquet_with_every_word_kept(tmp_path):
     out, val = tmp_path / "train.parquet", tmp_path / "val.parquet"
-    source = str(SHARED / "gsm8k" / "train.jsonl")
+    source = str(folder() / "gsm8k" / "train.jsonl")
     assert main(["convert", source, str(out), "--val", str(val), "--val-share", "0.05"]) == 0
     train, held = pq.read_table(out).to_pylist(), pq.read_table(val).to_pylist()
-    assert len(train) + len(held) == 7473 and 0.04 < len(held) / 7473 < 0.06
+    count = len(gsm8k())
+    assert len(train) + len(held) == count
+    assert abs(len(held) / count - 0.05) < 4 * math.sqrt(0.05 * 0.95 / count)  # standard deviations
     by_question = {r["question"]: r["answer"] for r in gsm8k()}
     for split, rows in (("train", train), ("val", held)):
         assert [r["extra_info"]["index"] for r in rows] == list(range(len(rows)))
@@ -183,18 +186,18 @@ def test_output_never_overwrites_its_input(tmp_path, capsys):
 
 
 def test_eval_set_makes_verls_validation_files(tmp_path):
-    files = [str(SHARED / "eval" / f"{name}.json") for name in EVAL]
+    files = [str(eval_file(name)) for name in EVAL]
     assert main(["eval-set", str(tmp_path), *files]) == 0
-    for name, count in EVAL.items():
+    for name in EVAL:
         rows = pq.read_table(tmp_path / f"{name}.parquet").to_pylist()
-        assert len(rows) == count
+        assert len(rows) == len(eval_set(name))
         for row in rows:
             assert row["data_source"] == name and row["extra_info"]["split"] == "test"
             assert "\\boxed{}" in row["prompt"][-1]["content"]
             boxed = f"It is \\boxed{{{row['reward_model']['ground_truth']}}}."
             assert reward.compute_score(name, boxed, row["reward_model"]["ground_truth"])["score"] == 1.0
     assert main(["eval-set", str(tmp_path / "four"), files[0], "--repeat", "4", "--suffix", ""]) == 0
-    assert pq.read_table(tmp_path / "four" / "aime24.parquet").num_rows == 120
+    assert pq.read_table(tmp_path / "four" / "aime24.parquet").num_rows == 4 * len(eval_set("aime24"))
 
 
 def said(tmp_path, capsys, rows, *options):

@@ -3,8 +3,9 @@
 import numpy as np
 import pyarrow as pa
 import pytest
+from made_data import gsm8k
 from tensordict import NonTensorData, NonTensorStack
-from tiny_tokenizers import STYLES, gsm8k, tiny
+from tiny_tokenizers import STYLES, tiny
 
 from verl_hpt.demo_columns import Demo, DemoColumns, check_values, row_demos
 from verl_hpt.demos import (
@@ -32,7 +33,7 @@ def reason(demo, style="qwen2.5", **kwargs):
 
 @pytest.mark.parametrize("style", STYLES)
 def test_every_gsm8k_demonstration_round_trips(style):
-    """7,473 of 7,473: rendered beside its prompt, tokenised, decoded, it is the text plus one EOS."""
+    """Of 7,473 real ones 7,473: rendered beside its prompt, tokenised, decoded, it is the text plus one EOS."""
     tokenizer, rows = tiny(style), gsm8k()
     eos = tokenizer.eos_token_id
     whole = 0
@@ -49,7 +50,7 @@ def test_every_gsm8k_demonstration_round_trips(style):
         conversation = tokenizer.apply_chat_template([*question, say(row["answer"])], tokenize=False)
         assert conversation.removesuffix("\n") == beside
         whole += 1
-    assert whole == 7473
+    assert whole == len(rows)
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -201,6 +202,22 @@ def test_turns_of_llama_style_round_trip():
     encoded = encode(demo, tokenizer, tokenizer.eos_token_id)
     said = [i for i, m in zip(encoded.ids, encoded.mask, strict=True) if m]
     assert tokenizer.decode(said, skip_special_tokens=False) == "Which two?<|eot_id|>It is 4.<|eot_id|>"
+
+
+def test_no_begin_token_comes_into_a_demonstration():
+    """Llama 3's post-processor puts one before whatever is tokenised with special tokens, the middle of a row too."""
+    tokenizer = tiny("llama3")
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    plain = tokenizer.encode(TEXT, add_special_tokens=False)
+    assert tokenizer.encode(TEXT) == [bos, *plain] and bos not in plain
+    for demo in (TEXT, TEXT + tokenizer.eos_token, say(TEXT), [say(TEXT)], [say([{"type": "text", "text": TEXT}])]):
+        (demo,) = demonstrations(demo)
+        assert encode(demo, tokenizer, eos).ids == [*plain, eos]
+    turns = [say("Which two?"), {"role": "user", "content": "Two."}, say(TEXT)]
+    ids = encode(turns, tokenizer, eos, prompt_messages=[{"role": "user", "content": "2+2?"}]).ids
+    head = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    rendered = f"Which two?<|eot_id|>{head.format('user')}Two.<|eot_id|>{head.format('assistant')}{TEXT}<|eot_id|>"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == rendered and bos not in ids
 
 
 def test_template_that_rewrites_earlier_turns_is_refused():

@@ -1,13 +1,11 @@
 """Tiny tokenizers in the style of Qwen2.5, Qwen3 and Llama 3: their special tokens and their templates' habits."""
 
 import functools
-import json
-from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from made_data import gsm8k
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 STYLES = ("qwen2.5", "qwen3", "llama3")
 
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,%d}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -58,7 +56,8 @@ _QWEN3 = """\
 {%- endif -%}
 """
 
-# A begin-of-text token in the template; headers; nothing after the end of a turn; messages trimmed.
+# A begin-of-text token in the template, and one more from the post-processor wherever special tokens are asked for, as
+# Llama 3's own has it; headers; nothing after the end of a turn; messages trimmed.
 _LLAMA3 = """\
 {{ '<|begin_of_text|>' }}
 {%- for m in messages -%}
@@ -79,13 +78,6 @@ _STYLE = {
         "<|begin_of_text|>",
     ),
 }
-
-
-@functools.cache
-def gsm8k() -> list[dict]:
-    """The 7,473 questions with worked solutions."""
-    with open(SHARED / "gsm8k" / "train.jsonl", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
 
 
 @functools.cache
@@ -111,6 +103,12 @@ def byte_pairs(style: str, size: int) -> PreTrainedTokenizerFast:
     # The reasoning tags are ordinary tokens in Qwen3: seen in decoded text, unlike special ones.
     tokenizer.add_tokens([t for t in special if "think" in t])
     names = {"bos_token": bos} if bos else {}
+    if bos:
+        tokenizer.add_special_tokens([bos])
+        begins = [(bos, tokenizer.token_to_id(bos))]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=begins
+        )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, pad_token=pad, **names)
     fast.add_special_tokens({"additional_special_tokens": [t for t in special if "think" not in t]})
     fast.chat_template = template
