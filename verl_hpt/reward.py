@@ -23,7 +23,7 @@ import subprocess
 import sys
 import threading
 import time
-from decimal import Decimal
+from fractions import Fraction
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,37 @@ _TAIL = 4000  # characters of a solution that the symbolic grader looks at, at i
 _BOX_SEARCH = 50_000  # characters at a solution's end where a box is looked for
 _BOX_TRIES = 20  # boxes without an end that are passed over: a text of nothing else must not cost its length squared
 
-_NUMBER = re.compile(r"^\\?\$?\s?(-?\s?\$?[\d,]*\.?\d+)\.?0*\s*(?:\\?[%A-Za-z°].*)?$")
+_COMMA = r"(?:,|\{,\}|\\,)"  # between digits, also as LaTeX writes it
+_NUMBER = re.compile(
+    r"(?:[A-Za-z]*\s*[=:])?\s*(?P<sign>[-+]?)\s*(?:"
+    r"(?:(?P<whole>\d+)\s+)?(?P<over>\d+)\s*/\s*(?P<under>\d+)|"
+    rf"(?P<digits>(?:\d{{1,3}}(?:{_COMMA}\d{{2,3}})*{_COMMA}\d{{3}}|\d+)(?:\.\d*)?|\.\d+)"
+    r"(?P<exponent>[eE][-+]?\d{1,3})?"  # bounded: the number is written out
+    r")\s*(?P<unit>\D*)"
+)
+_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
+# What may follow a number without being a unit: another operand, a variable, a constant.
+_NO_UNIT = re.compile(
+    r"(?:or|and|to|out|plus|minus|(?:ten|hundred|thousand)ths?|[xyz]+|pi|π)(?![^\W_])|[abeiknqr]$|.*[+*=<>^\\?×÷·≤≥≠~|]",
+    re.IGNORECASE,
+)
+_PLAIN = (  # what stands around a number, and the same in plain text
+    (re.compile(r"\\(?:text|mathrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}"), r" \1 "),
+    (re.compile(r"\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}"), r" \1/\2"),
+    (re.compile(r"\^?\{?(?:\\circ|\\degree)\}?"), "°"),
+    (re.compile(r"(?<=[A-Za-z])(?:\^\{?[23]\}?|[²³])"), ""),  # cm²; x² has a variable all the same
+    (re.compile(r"(?<=[A-Za-z])\s*\([^()]*\)"), ""),  # 72 clips (48 + 24)
+    (re.compile(r"\\?[$€£]|\\[()\s]|\*\*|__|`"), " "),
+    (re.compile(r"\\%"), "%"),
+    (re.compile("[−–]"), "-"),
+    # 134 pounds after 2 weeks, 72 boxes of 12; but 1 in 5 is no 1
+    (
+        re.compile(
+            r"(?:(?<=[A-Za-z])\s+(?:in|of|from|by|per|on)|\s(?:for|after|at|before|since|every))\b(?!.*\bor\b).*"
+        ),
+        "",
+    ),
+)
 _CHOICE = re.compile(r"^\(?([A-Z])\)?(?:[.:)\s].*)?$", re.DOTALL)
 
 
@@ -56,10 +86,16 @@ def _truths(ground_truth) -> list[str]:
 
 def last_boxed(text: str) -> str | None:
     r"""Content of the last `\boxed{…}` (or `\fbox{…}`) whose braces close, else None; looked for near the end."""
-    text = text[-_BOX_SEARCH:]
+    box = _last_box(text)
+    return None if box is None else text[slice(*box)]
+
+
+def _last_box(text: str) -> tuple[int, int] | None:
+    """Where the content of the last box begins and ends in the text."""
+    skipped = max(0, len(text) - _BOX_SEARCH)
     end = len(text)
     for _ in range(_BOX_TRIES):
-        start = max(text.rfind("\\boxed{", 0, end), text.rfind("\\fbox{", 0, end))
+        start = max(text.rfind("\\boxed{", skipped, end), text.rfind("\\fbox{", skipped, end))
         if start < 0:
             return None
         depth, first = 0, text.index("{", start)
@@ -69,7 +105,7 @@ def last_boxed(text: str) -> str | None:
             elif text[i] == "}":
                 depth -= 1
                 if depth == 0:
-                    return text[first + 1 : i]
+                    return first + 1, i
         end = start
     return None
 
@@ -88,9 +124,28 @@ def _verdict(correct: bool, failed: bool = False) -> dict[str, float]:
     return {"score": score, "acc": score, "grading_failed": 1.0 if failed else 0.0}
 
 
-def _number(text: str) -> Decimal | None:
-    match = _NUMBER.match(text.strip()) if len(text) <= 200 else None
-    return Decimal(re.sub(r"[,$\s]", "", match.group(1))) if match else None
+def _number(text: str) -> Fraction | None:
+    """The number that the whole text is, its unit and markup apart; None where it is no number, or more than one."""
+    if len(text) > 200:
+        return None
+    for pattern, plain in _PLAIN:
+        text = pattern.sub(plain, text)
+    text = unboxed(text.strip(" *_").rstrip(" .,;*_"))
+    match = _NUMBER.fullmatch(text)
+    if match is None:
+        return None
+    unit = match["unit"].strip()
+    named = unit.lstrip("%°/ -")
+    if _NO_UNIT.match(named) or (unit and not (unit[0].isalpha() or unit[0] in "%°/")):
+        return None
+    if match["digits"]:
+        value = Fraction(re.sub(_COMMA, "", match["digits"]) + (match["exponent"] or ""))
+    elif int(match["under"]):
+        value = int(match["whole"] or 0) + Fraction(int(match["over"]), int(match["under"]))
+    else:
+        return None
+    scale = _SCALES.get((named.split() or [""])[0].lower(), 1)
+    return (-value if match["sign"] == "-" else value) * scale
 
 
 def _same_number_or_text(given: str, truth: str) -> bool:
@@ -140,14 +195,15 @@ def math_verify(
     space.
     """
     solution, truths = _text(solution_str), _truths(ground_truth)
-    boxed = last_boxed(solution)
-    if boxed is not None and unboxed(boxed) in truths:
+    box = _last_box(solution)
+    if box is not None and unboxed(solution[slice(*box)]) in truths:
         return _verdict(True)  # the same text needs no algebra; math-verify cannot parse every answer there is
     if not solution.strip():
         return _verdict(False)
-    end = len(solution) if boxed is None else min(len(solution), solution.rindex(boxed) + len(boxed) + _TAIL // 10)
     # The answer stands at the end; a whole chain of thought takes long to search and has numbers that are not it.
-    solution, failed = solution[max(0, end - max(_TAIL, len(boxed or "") + _TAIL // 5)) : end], False
+    first, last = box or (len(solution), len(solution))
+    end = min(len(solution), last + _TAIL // 10)
+    solution, failed = solution[max(0, min(end - _TAIL, first - _TAIL // 10)) : end], False
     for truth in truths:
         reply = pool(workers, memory_mb).grade(solution, truth, timeout)
         if reply["score"] > 0:
@@ -233,10 +289,14 @@ class _Worker:
             env=environment,
             bufsize=0,
         )
-        for stream in (self.process.stdin, self.process.stdout):
-            os.set_blocking(stream.fileno(), False)
         self._received = b""
-        self._exchange(b"", _START_TIMEOUT)
+        try:
+            for stream in (self.process.stdin, self.process.stdout):
+                os.set_blocking(stream.fileno(), False)
+            self._exchange(b"", _START_TIMEOUT)
+        except BaseException:
+            self.close()
+            raise
 
     def _exchange(self, request: bytes, limit: float) -> dict:
         deadline, unsent = time.monotonic() + limit, memoryview(request)
@@ -263,7 +323,10 @@ class _Worker:
                         raise _Died("the process ended")
                     self._received += data
         line, _, self._received = self._received.partition(b"\n")
-        return json.loads(line)
+        try:
+            return json.loads(line)
+        except ValueError as error:
+            raise _Died(f"it wrote {line[:80]!r} instead of an answer") from error
 
     def grade(self, solution: str, truth: str, limit: float) -> dict:
         # The process ends itself at the limit; the second on top is for one that cannot.
