@@ -1,8 +1,6 @@
 """What a run makes of verl's composed config, by value: plan settings, loss spec, columns, end token, template."""
 
 import json
-import logging
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -15,8 +13,7 @@ from verl_hpt.errors import UserError
 from verl_hpt.gate import GateSettings
 from verl_hpt.loss import ROW_COLUMNS, ROW_FIELD, TEACHER, WEIGHTS
 from verl_hpt.mixing import DEMO, PADDING, ROLLOUT, PlanSettings, Question, plan
-from verl_hpt.questions import Group
-from verl_hpt.run import ROUNDS_WITHOUT_SUCCESS, stop_ids
+from verl_hpt.run import stop_ids
 
 ACTOR, ROLL, REF = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.ref"
 TEACHER_METHOD = "++hpt.compose={demos: [{kind: R, estimator: {reference: teacher, advantage: reward}}]}"
@@ -301,25 +298,6 @@ def test_a_column_that_the_data_lacks_is_refused_with_the_setting_that_names_it(
     make_run("++hpt.demo.key=nowhere").check_columns(object())  # a dataset class of the user's own
 
 
-# --- a success that never comes ---------------------------------------------------------------------------------------
-
-
-def test_scores_that_never_reach_success_are_warned_of_once(caplog):
-    run = make_run("++hpt.gate.success=2")
-    with caplog.at_level(logging.WARNING):
-        for round_ in range(2 * ROUNDS_WITHOUT_SUCCESS):
-            run.watch_success(np.array([0.0, 1.5 if round_ == 3 else 1.0]))
-            assert len(caplog.records) == (round_ + 1 >= ROUNDS_WITHOUT_SUCCESS)
-    assert f"hpt.gate.success=2 in {ROUNDS_WITHOUT_SUCCESS} steps; the largest was 1.5" in caplog.text
-
-
-def test_one_success_in_time_and_nothing_is_said(caplog):
-    run = make_run()
-    for round_ in range(2 * ROUNDS_WITHOUT_SUCCESS):
-        run.watch_success(np.array([1.0 if round_ == ROUNDS_WITHOUT_SUCCESS - 1 else 0.0]) if round_ else np.zeros(0))
-    assert not caplog.records
-
-
 # --- the end token and the template -----------------------------------------------------------------------------------
 
 
@@ -356,9 +334,7 @@ def test_a_demonstration_ends_with_the_tokenizers_eos_unless_the_settings_say_ot
 
 def test_an_end_at_which_generation_does_not_stop_is_refused_with_what_it_stops_at(tmp_path):
     folder = model_folder(tmp_path, [256, 77])
-    with pytest.raises(
-        UserError, match=r"end with token 78 \(hpt\.demo\.eos\), but .* stops at \[77, 256, 258\]"
-    ):
+    with pytest.raises(UserError, match=r"end with token 78 \(hpt\.demo\.eos\), but .* stops at \[77, 256, 258\]"):
         met(folder, "++hpt.demo.eos=78")
     assert met(folder, "++hpt.demo.eos=78", "++hpt.method=grpo").eos == 78, "no demonstration, nothing to refuse"
 
@@ -374,39 +350,8 @@ def test_a_tokenizer_without_eos_needs_the_setting(tmp_path):
     assert run.eos == 77
 
 
-def read(run, cell, prompt):
-    """Token ids and text of the one demonstration, and its mask."""
-    columns = {"target": cell, "raw_prompt": [{"role": "user", "content": "q"}]}
-    group = Group("u", [0], "key", "src", run.reader.tokenizer.encode(prompt), columns)
-    counts = Counter()
-    ((encoded, _),) = run.reader.candidates(group, 1.0, counts)
-    assert not counts
-    return encoded, run.reader.tokenizer.decode(encoded.ids)
-
-
-def test_template_arguments_reach_the_tokens_between_turns(tmp_path):
-    """A tool's answer is followed by the generation prompt as the run's own template arguments make it."""
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{{ opening }}{% endif %}"
-    )
-    turns = [
-        {"role": "assistant", "content": "calmly look"},
-        {"role": "tool", "content": "found"},
-        {"role": "assistant", "content": "calmly done"},
-    ]
-    folder = f"actor_rollout_ref.model.path={model_folder(tmp_path, None)}"
-    run = make_run(folder, "++data.apply_chat_template_kwargs={opening: 'calmly '}")
-    run.meet(tokenizer)
-    encoded, text = read(run, turns, "q")
-    between = "\n<|im_start|>tool\nfound<|im_end|>\n<|im_start|>assistant\ncalmly "
-    assert text == f"look<|im_end|>{between}done<|im_end|>"
-    assert encoded.mask == [1] * 5 + [0] * len(tokenizer.encode(between)) + [1] * 5
-
-
-def test_a_reasoning_tag_that_the_prompt_opens_is_not_said_twice(tmp_path):
-    run = met(model_folder(tmp_path, None))
-    for text in ("<think>\nhm</think>7", "hm</think>7"):
-        assert read(run, text, "q<think>\n")[1] == "hm</think>7<|im_end|>"
-    assert read(run, "<think>\nhm</think>7", "q")[1] == "<think>\nhm</think>7<|im_end|>"
+def test_template_arguments_reach_the_reader_as_plain_values(tmp_path):
+    kwargs = "++data.apply_chat_template_kwargs={enable_thinking: false, opening: 'calmly '}"
+    run = met(model_folder(tmp_path, None), kwargs)
+    assert run.reader.template_kwargs == {"enable_thinking": False, "opening": "calmly "}
+    assert met(model_folder(tmp_path, None)).reader.template_kwargs == {}

@@ -11,7 +11,7 @@ from verl_hpt.run import Run
 
 def changed(*overrides: str) -> DictConfig:
     """verl's composed config with overrides of values, read by Hydra's own parser; composed once."""
-    config = compose()
+    config = compose("critic.enable=False")  # as verl decides where nothing is said, without its warning
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         OmegaConf.update(config, override.key_or_group, override.value(), force_add=override.is_force_add())
     return config
