@@ -284,7 +284,7 @@ def hybrid(base):
                     zip(np.append(plan.question, 0)[plan.layout], np.append(plan.index, 0)[plan.layout], strict=True)
                 )
             ]
-            fields = self._fields()
+            fields, own = self._fields(), {}
             self._put(keys, ~ours, partition, self._marks(step, plan.layout[~ours]))
             if ours.any():
                 written.extend(key for key, own in zip(keys, ours, strict=True) if own)
@@ -301,11 +301,13 @@ def hybrid(base):
                 fields=fields,
                 extra_info=self._extra_info(batch.extra_info),
             )
-            there = set(kv_batch_meta2batch_meta(mixed).field_names)
-            if lacking := [name for name in mixed.fields if name not in there]:
+            there = kv_batch_meta2batch_meta(mixed).field_schema
+            bent = [name for name in there.keys() & own.keys() if there[name]["dtype"] != own[name].dtype]
+            if wrong := [name for name in fields if name not in there or name in bent]:
                 raise RuntimeError(
-                    f"the update's rows lack the field(s) {', '.join(lacking)} in TransferQueue; a field written in "
-                    "another dtype than the rollouts' vanishes. Please report this with the run's config"
+                    f"the update's rows lack the field(s) {', '.join(wrong)} in TransferQueue, or bring them in two "
+                    "dtypes; a field written in another dtype than the rollouts' can vanish, and others with it. "
+                    "Please report this with the run's config"
                 )
             return mixed
 
