@@ -109,17 +109,22 @@ class Rollouts:
     def __init__(self, dtype: torch.dtype = torch.bfloat16):
         self.dtype, self.keys, self.tags, self.answers = dtype, [], [], {}
 
-    def add(self, uid: str, scores, *, target=None, answers=None, prompt=None, source="src", **columns) -> Rollouts:
-        """One question's rollouts; answers: their texts, EOS is appended."""
+    def add(
+        self, uid: str, scores, *, target=None, answers=None, prompt=None, source="src", cut=(), info=None, **columns
+    ) -> Rollouts:
+        """One question's rollouts; answers: their texts, EOS is appended but for those that are cut, by number; info:
+        what the reward function said of each beside the score."""
         answers = [f"{uid}{i}" * (i + 1) for i in range(len(scores))] if answers is None else answers
         prompt = f"{uid}:" if prompt is None else prompt
         for session, (score, answer) in enumerate(zip(scores, answers, strict=True)):
-            self.row(f"{uid}_{session}_0", uid, score, answer, target, prompt, source, columns)
+            end = [] if session in cut else [EOS]
+            extra = {} if info is None else {"extra_fields": {"reward_extra_info": info[session]}}
+            self.row(f"{uid}_{session}_0", uid, score, answer, target, prompt, source, columns | extra, end)
         return self
 
-    def row(self, key, uid, score, answer, target, prompt, source, columns, **tags) -> None:
+    def row(self, key, uid, score, answer, target, prompt, source, columns, end=(EOS,), **tags) -> None:
         question = torch.tensor(TOKENIZER.encode(prompt))
-        said = torch.tensor([*TOKENIZER.encode(answer), EOS])
+        said = torch.tensor([*TOKENIZER.encode(answer), *end])
         whole, ones, scores = torch.cat([question, said]), torch.ones_like(said), torch.zeros(len(said))
         scores[-1] = score
         row = {

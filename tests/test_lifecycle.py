@@ -94,6 +94,13 @@ def test_a_cool_down_lets_so_many_steps_pass():
     assert cooling == [0, 1, 1, 0, 1, 1, 0]
 
 
+def test_without_a_cool_down_nothing_rests_in_a_second_update_of_the_same_step():
+    trainer = Trainer()
+    for _ in range(2):
+        trainer.step_number = 0
+        assert trainer.step({"q": [0] * 4})["hpt/history/cooling"] == 0 and trainer.zones["q"] == "demo"
+
+
 def test_round_robin_goes_by_a_questions_own_uses_not_by_the_step():
     """The question is drawn at every third step, as in an epoch of three steps, and still meets all three."""
     trainer = Trainer({"demo": {"select": "round_robin"}}, demos=["a", "b", "c"])

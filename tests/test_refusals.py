@@ -404,3 +404,36 @@ def test_the_reader_renders_with_the_runs_own_template_arguments(tmp_path):
     run = start(path, "++data.apply_chat_template_kwargs={enable_thinking: false}")
     run.meet(SimpleNamespace(eos_token_id=2))
     assert run.reader.template_kwargs == {"enable_thinking": False}
+
+
+@pytest.mark.parametrize("truncated", ["unsolved", "mask"])
+def test_what_becomes_of_cut_rollouts_is_refused_where_nothing_reads_it(truncated):
+    own = f"++hpt.rollouts.truncated={truncated}"
+    assert f"hpt.rollouts.truncated={truncated}: method sft has no term on rollouts; drop it" in refused(
+        own, "++hpt.method=sft"
+    )
+    assert f"hpt.rollouts.truncated={truncated}: method ppo takes Â from verl's critic" in refused(
+        own, "++hpt.method=ppo", critic=True
+    )
+    start(own)
+
+
+def test_the_banner_says_what_a_solved_rollout_is_and_what_a_demonstration_counts_as(capsys):
+    plain = banner(capsys)
+    assert "(score ≥ 1.0 and not cut at the length limit)" in plain and "rollouts cut at" not in plain
+    assert "demonstration's reward in its group" not in plain
+    asked = banner(capsys, "++hpt.gate={finished: false, metric: acc}", "++hpt.rollouts.truncated=mask")
+    assert "(acc ≥ 1.0)" in asked and "rollouts cut at the length limit: mask" in asked
+    in_group = banner(capsys, "++hpt.method=luffy")
+    assert "a demonstration's reward in its group: the largest of hpt.gate.success and the group's best" in in_group
+    assert "reward in its group" not in banner(capsys, "++hpt.method=luffy", "++hpt.demo.reward=1.0")
+
+
+def test_the_banner_shows_schedules(capsys):
+    shown = banner(
+        capsys,
+        "++hpt.demo_coef={start: 0.9, end: 0.05, steps: 200, shape: cosine, warmup: 10}",
+        "++hpt.gate.threshold={start: 1.0, end: 0.0, steps: 30, shape: step}",
+    )
+    assert "λ = 0.9 → 0.05 (cosine, 200 steps after 10 of warm-up)" in shown
+    assert "solved ≤ 1 → 0 (step, 30 steps)·n" in shown

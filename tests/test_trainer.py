@@ -30,7 +30,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl_hpt.cpu.quickstart import byte_tokenizer
 from verl_hpt.demo_columns import packed
 from verl_hpt.errors import UserError
-from verl_hpt.history import FILE
+from verl_hpt.history_file import FILE
 from verl_hpt.lifecycle import SPARED
 from verl_hpt.loss import ROW_COLUMNS, ROW_FIELD, TEACHER, WEIGHTS, hpt_loss
 from verl_hpt.mixing import PADDING
@@ -612,7 +612,7 @@ def test_our_state_is_written_before_verls_marker(tmp_path):
     trainer = resumable(tmp_path)
     trainer.global_steps = 3
     trainer._save_checkpoint()
-    assert trainer.actor_rollout_wg.found == ([FILE], False)
+    assert trainer.actor_rollout_wg.found == (["hpt_alarms.json", FILE], False)
     assert (tmp_path / "global_step_3" / FILE).exists()
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "3"
 

@@ -88,6 +88,14 @@ def _method(config, settings: Settings, method: Method, has_reference: bool, has
             f"hpt.history.early_gate is set, but method {method.name} has no gate (when: {method.when}) and trains on "
             "every rollout that it gets; drop it, or choose a method with a gate (hpt, hpt_off_on, hpt_mix_on)"
         )
+    if (truncated := settings.rollouts.truncated) != "keep":
+        if method.rollouts is None:
+            yield f"hpt.rollouts.truncated={truncated}: method {method.name} has no term on rollouts; drop it"
+        elif method.uses_critic:
+            yield (
+                f"hpt.rollouts.truncated={truncated}: method {method.name} takes Â from verl's critic, which is given "
+                "the rewards as they are; set it to keep"
+            )
     if "ref_log_prob" in method.needs and not has_reference:
         yield (
             f"method {method.name} needs reference log-probs on demonstrations; set "

@@ -163,7 +163,9 @@ class Lifecycle:
         """What is known of a batch's questions before this step; (groups,)"""
         keys = history.numbers([group.key for group in groups])
         uses, taught_at = self.history.look_up(keys, "uses", "taught_at")
-        rests = (taught_at > 0) & (step - taught_at <= self.settings.history.cooldown)
+        cooldown = self.settings.history.cooldown
+        # Several updates share a step where weights are synced less often: without a cool-down nothing rests in it.
+        rests = (cooldown > 0) & (taught_at > 0) & (step - taught_at <= cooldown)
         counts = [len(demos.demonstrations(group.columns.get(self.settings.demo.key))) for group in groups]
         single = self.history.demo_uses(keys, np.array(counts, dtype=int)) if max(counts, default=0) > 1 else []
         return [
