@@ -132,7 +132,7 @@ def _step(draw: random.Random, have: int) -> tuple[str, str, int, str]:
     ways = ["more", "times"] if have < 10**5 else []
     ways += ["less"] * 2 if have > 3 else []
     ways += ["share"] * 3 if have % small == 0 and have > small else []
-    ways += ["percent"] if have % 20 == 0 else []
+    ways += ["percent"] if have % 20 == 0 else []  # of which any part below is a whole number
     way = draw.choice(ways or ["more"])
     if way == "more":
         return f"{when} WHO {draw.choice(_MORE)} {_number(draw, large)} more.", f"{have}+{large}", have + large, "has"
@@ -145,8 +145,6 @@ def _step(draw: random.Random, have: int) -> tuple[str, str, int, str]:
     if way == "share":
         return f"{when} WHO keeps 1/{small} of them.", f"{have}/{small}", have // small, "keeps"
     part = draw.choice([5, 10, 15, 20, 25, 40, 50, 75])
-    while have * part % 100:
-        part += 5
     text = f"{when} {part}% of them turn out to be WHO’s own."
     return text, f"{have}*{part}/100", have * part // 100, "owns"
 
