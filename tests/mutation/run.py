@@ -37,11 +37,14 @@ from pathlib import Path
 
 import pytest
 import tomllib
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+from operators import OPERATORS, evaluated
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 MEMORY = 8 << 30  # bytes of data that a child may have: a mutant may append for ever
-CRASHED = 70
+CRASHED = 70  # status of a child that did not come to its tests
 NO_ANSWER = (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED, CRASHED)
 WARM = (
     "hydra", "matplotlib.pyplot", "numpy", "omegaconf", "pyarrow.parquet", "pytest", "tensordict", "transformers",
@@ -113,12 +116,6 @@ def tests_of(module: str, table: dict[str, list[str]]) -> list[str]:
 
 def mutants(module: str, number: int | None, options: argparse.Namespace) -> list[Mutant]:
     """A draw without repetition from all places where an operator applies; what does not compile is no mutant."""
-    from cosmic_ray.ast import ast_nodes, get_ast
-    from cosmic_ray.mutating import mutate_code
-
-    sys.path.insert(0, str(HERE))
-    from operators import OPERATORS, evaluated
-
     source = (ROOT / f"verl_hpt/{module}.py").read_text(encoding="utf-8")
     tree, places = get_ast(source), []
     for name, operator in OPERATORS.items():
