@@ -66,3 +66,12 @@ def test_a_users_gate_is_found_by_name():
         assert [decide(s, 4, settings).zone for s in range(3)] == ["demo", "demo", "rl"]
     finally:
         del gate.GATES["at_most_one"]
+
+
+def test_a_gates_name_is_taken_once():
+    def linear(solved, n, settings):
+        return RL
+
+    with pytest.raises(ValueError, match="gate 'linear' is already registered: choose another name"):
+        gate.register_gate(linear)
+    assert gate.GATES["linear"] is gate.linear
