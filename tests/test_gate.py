@@ -1,6 +1,7 @@
 """The gate, which compares counts: solved ≤ γ·n, with room for what floats do to shares."""
 
 import pytest
+from reference.losses import SOFT
 
 from verl_hpt import gate
 from verl_hpt.gate import DEMO, OFF, RL, GateSettings, decide, decide_soft
@@ -28,6 +29,10 @@ def test_a_count_wins_over_the_share():
 def test_off_zone_lies_between_the_two_bounds():
     settings = GateSettings(threshold=0.0, off=0.25)
     assert [decide(s, 8, settings) for s in range(4)] == [DEMO, OFF, OFF, RL]
+
+
+def test_the_published_soft_table_is_the_one_read_independently():
+    assert tuple(SOFT) == gate.SOFT_TABLE
 
 
 def test_published_soft_table_counts_a_correct_demonstration_as_one_of_eight():
@@ -61,3 +66,12 @@ def test_a_users_gate_is_found_by_name():
         assert [decide(s, 4, settings).zone for s in range(3)] == ["demo", "demo", "rl"]
     finally:
         del gate.GATES["at_most_one"]
+
+
+def test_a_gates_name_is_taken_once():
+    def linear(solved, n, settings):
+        return RL
+
+    with pytest.raises(ValueError, match="gate 'linear' is already registered: choose another name"):
+        gate.register_gate(linear)
+    assert gate.GATES["linear"] is gate.linear

@@ -15,9 +15,11 @@ G2: two demonstrations, 2 tokens at NLL 2 and 8 at NLL 1: Σ = 12 over 10 tokens
 
 import json
 
+import numpy as np
 import pytest
 
 from verl_hpt.explain import explain
+from verl_hpt.normalize import weights
 
 
 def rollouts(rewards, lengths):
@@ -90,3 +92,9 @@ def test_strength_of_a_demo_token_against_a_rollout_token_is_as_designed():
     assert strength("official") == pytest.approx(0.061, abs=0.001)
     assert strength("token") == pytest.approx(1.9, abs=0.01)
     assert strength("question") == pytest.approx(15.6, abs=0.01)
+
+
+def test_an_unknown_normalisation_is_named_with_the_choices():
+    row = np.ones(1)
+    with pytest.raises(ValueError, match="unknown normalization 'mean'; one of question, sequence, token, paper"):
+        weights("mean", row, row, row, row, length_scale=16, demo_coef=1)

@@ -6,7 +6,8 @@ import pytest
 from reference.cases import random_case
 from reference.losses import gradients
 
-from verl_hpt.estimator import METHODS
+from verl_hpt import parts
+from verl_hpt.estimator import METHODS, Estimator, Method, Term, register_method
 from verl_hpt.explain import explain
 from verl_hpt.normalize import NORMALIZATIONS
 
@@ -84,3 +85,42 @@ def test_gradient_holds_for_every_gate(threshold):
 
 def test_gradient_holds_in_the_off_zone():
     compare(case_of("hpt", 3, gate={"threshold": 0.0, "off": 0.5}))
+
+
+S = Term("S", Estimator(advantage=parts.unit))
+R = Term("R", Estimator(advantage=parts.centered))
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "rest", "says"),
+    [
+        (Estimator(), {"demos": (S, S), "when": "always"}, r"at most one S and one R term .* got \['S', 'S'\]"),
+        (Estimator(), {"when": "gate"}, "terms on demonstrations and when='gate' contradict each other"),
+        (Estimator(), {"demos": (S,)}, "terms on demonstrations and when='never' contradict each other"),
+        (None, {"demos": (S,), "when": "gate"}, "nothing for rollouts: demonstrations must stand always"),
+        (Estimator(), {"demos": (R,), "when": "always"}, "no group to take centered over; its R term needs another"),
+        (Estimator(), {"demos": (R,), "when": "gate", "place": "group"}, "a member of the group stands always"),
+        (None, {"demos": (R,), "when": "always", "place": "group"}, "a member of the group stands always, beside"),
+    ],
+)
+def test_a_method_that_contradicts_itself_is_refused(rollouts, rest, says):
+    with pytest.raises(ValueError, match=f"method 'mine'.*{says}"):
+        Method("mine", rollouts, **rest)
+
+
+def test_a_methods_name_is_taken_once_but_the_same_method_may_come_again():
+    assert register_method(METHODS["hpt"]) is METHODS["hpt"]
+    with pytest.raises(ValueError, match="method 'hpt' is already registered: choose another name"):
+        register_method(Method("hpt", Estimator()))
+
+
+def test_a_parts_kind_is_one_of_four_and_its_name_is_taken_once():
+    with pytest.raises(ValueError, match="one of mask, reference, advantage, likelihood, got 'masks'"):
+        parts.part("masks")
+
+    def one(tokens):
+        return tokens.ones()
+
+    with pytest.raises(ValueError, match=r"reference 'one' is already registered by verl_hpt\.parts: choose another"):
+        parts.part("reference")(one)
+    assert parts.PARTS["reference"]["one"] is parts.one

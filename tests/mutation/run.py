@@ -9,13 +9,15 @@ Mutants are cosmic-ray's, by the operators named in ``operators.py``, and a few 
 for each, which costs ten seconds of imports here; so one warm process imports torch and verl, without the plugin, and
 forks a child for each mutant. The child works in a copy of the tree in which one module is mutated, and runs the tests
 that ``[tool.verl_hpt.mutation]`` in pyproject.toml names for it (and ``tests/test_<module>.py``), up to the first
-failure. First the same tests run once unmutated: they must pass, and their time gives the time limit.
+failure, those that run the changed line first. Before a module's first mutant they run once unmutated: they must pass,
+and their time gives the limit.
 
 Results go to a file of JSON lines (``--log``); what is in it for the same mutated source is not run again. Survivors
 that are accepted stand with their reason in ``accepted.toml``; they are reported apart and never count as killed.
 """
 
 import argparse
+import ctypes
 import gc
 import hashlib
 import json
@@ -27,16 +29,23 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import tomllib
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+from operators import OPERATORS, evaluated
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 MEMORY = 8 << 30  # bytes of data that a child may have: a mutant may append for ever
+CRASHED = 70  # status of a child that did not come to its tests
+NO_ANSWER = (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED, CRASHED)
 WARM = (
     "hydra", "matplotlib.pyplot", "numpy", "omegaconf", "pyarrow.parquet", "pytest", "tensordict", "transformers",
     "transformers.models.auto.tokenization_auto", "math_verify", "verl", "verl.trainer.ppo.core_algos",
@@ -62,6 +71,7 @@ class Mutant:
 
 def main() -> int:
     options = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the copies go
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["verl_hpt"]["mutation"]
     modules = options.modules or list(settings["tests"])
     tests = {module: tests_of(module, settings["tests"]) for module in modules}
@@ -77,7 +87,6 @@ def main() -> int:
             for record in run(todo, tests, Path(folder), options):
                 known[record["key"]] = record
                 print(json.dumps(record), file=log, flush=True)
-        gc.unfreeze()
     return report([known[m.key] | {"line": m.line} for m in sample if m.key in known], modules)
 
 
@@ -89,6 +98,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--workers", type=int, default=1, choices=(1, 2))
     parser.add_argument("--log", type=Path, default=ROOT / "outputs/mutants.jsonl")
+    parser.add_argument(
+        "--covering", action="store_true", help="only tests that run the line: quicker, but survivors want --again"
+    )
     parser.add_argument("--again", action="store_true", help="run the log's survivors once more")
     parser.add_argument("--report", action="store_true", help="run nothing, print what the log says of this sample")
     return parser.parse_args()
@@ -104,12 +116,6 @@ def tests_of(module: str, table: dict[str, list[str]]) -> list[str]:
 
 def mutants(module: str, number: int | None, options: argparse.Namespace) -> list[Mutant]:
     """A draw without repetition from all places where an operator applies; what does not compile is no mutant."""
-    from cosmic_ray.ast import ast_nodes, get_ast
-    from cosmic_ray.mutating import mutate_code
-
-    sys.path.insert(0, str(HERE))
-    from operators import OPERATORS, evaluated
-
     source = (ROOT / f"verl_hpt/{module}.py").read_text(encoding="utf-8")
     tree, places = get_ast(source), []
     for name, operator in OPERATORS.items():
@@ -146,48 +152,71 @@ def difference(source: str, mutated: str) -> tuple[int, str, str]:
 def run(todo: list[Mutant], tests: dict[str, list[str]], folder: Path, options: argparse.Namespace):
     """Yields a record for each mutant, as they end."""
     warm_up()
-    copies, limits = [copy_tree(folder / "worker0")], {}
+    copies = [copy_tree(folder / f"worker{i}") for i in range(options.workers)]
     for module in dict.fromkeys(m.module for m in todo):
         started = time.monotonic()
-        code = os.waitstatus_to_exitcode(os.waitpid(start(copies[0], tests[module]), 0)[1])
-        took = time.monotonic() - started
-        if code != 0:
-            sys.exit(f"{module}: its tests fail unmutated ({code}):\n{said(copies[0])[-3000:]}")
-        limits[module] = 3 * took + 10
-        print(f"{module}: unmutated tests pass in {took:.1f} s: {' '.join(tests[module])}", flush=True)
-    sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = True, "1"  # a mutant leaves no compiled file
-    for i in range(1, options.workers):
-        shutil.copytree(copies[0].parent, folder / f"worker{i}", symlinks=True)
-        copies.append(folder / f"worker{i}" / copies[0].name)
-    free, running, queue = copies, {}, todo[::-1]
+        lines = Lines(copies[0] / f"verl_hpt/{module}.py")
+        _, status, used = os.wait4(start(copies[0], tests[module], lines), 0)
+        took, cpu = time.monotonic() - started, used.ru_utime + used.ru_stime
+        if status != 0:
+            print(f"{module}: left out, its tests fail unmutated ({status}):\n{said(copies[0])[-1000:]}", flush=True)
+            continue
+        print(f"{module}: unmutated tests take {cpu:.1f} s of CPU, {took:.1f} s: {' '.join(tests[module])}", flush=True)
+        seen = {int(line): names for line, names in json.loads((copies[0].parent / "lines").read_text()).items()}
+        own = [m for m in todo if m.module == module]
+        jobs = [(m, *chosen(seen.get(m.line, []), tests[module], options.covering)) for m in own]
+        yield from run_module(jobs, copies, int(3 * cpu) + 10, 10 * took + 60)
+    gc.unfreeze()
+
+
+def chosen(names: list[str], tests: list[str], covering: bool) -> tuple[list[str], "First"]:
+    """Test files for a mutant, and in which order: of all tests of its module, or of those that run its line."""
+    only = covering and bool(names)
+    return list(dict.fromkeys(name.split("::")[0] for name in names)) if only else tests, First(names, only)
+
+
+def run_module(todo: list[tuple], copies: list[Path], cpu_limit: int, limit: float):
+    """The same for mutants of one module, each with its tests.
+
+    Limits in seconds: of CPU time, and a wide one of time, since the machine may be busy.
+    """
+    free, running, queue = list(copies), {}, todo[::-1]
     while queue or running:
         while queue and free:
-            mutant, copy = queue.pop(), free.pop()
-            target = copy / f"verl_hpt/{mutant.module}.py"
-            target.write_text(mutant.source, encoding="utf-8")
-            for compiled in target.parent.glob(f"__pycache__/{mutant.module}.*"):
-                compiled.unlink()
-            running[start(copy, tests[mutant.module])] = (mutant, copy, target, time.monotonic())
+            (mutant, tests, order), copy = queue.pop(), free.pop()
+            write(copy, mutant.module, mutant.source)
+            running[start(copy, tests, order, cpu_limit)] = (mutant, copy, time.monotonic())
         time.sleep(0.02)
-        for pid, (mutant, copy, target, started) in list(running.items()):
+        for pid, (mutant, copy, started) in list(running.items()):
             took = time.monotonic() - started
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if not ended and took < limits[mutant.module]:
+            ended, status, used = os.wait4(pid, os.WNOHANG)
+            if not ended and took < limit:
                 continue
             try:  # its own group: what it started and left behind ends too
                 os.killpg(pid, signal.SIGKILL)
             except ProcessLookupError:
                 assert ended, "a child that runs has a group"
             if not ended:
-                os.waitpid(pid, 0)
-            outcome = "timeout" if not ended else "survived" if status == 0 else "killed"
-            shutil.copy(ROOT / f"verl_hpt/{mutant.module}.py", target)
+                _, _, used = os.wait4(pid, 0)
+            if ended and os.WIFEXITED(status) and os.WEXITSTATUS(status) in NO_ANSWER:
+                sys.exit(f"{mutant}: no test ran:\n{said(copy)[-3000:]}")
+            late = not ended or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU)
+            outcome = "timeout" if late else "survived" if status == 0 else "killed"
+            write(copy, mutant.module, (ROOT / f"verl_hpt/{mutant.module}.py").read_text(encoding="utf-8"))
             del running[pid]
             free.append(copy)
             fields = ("key", "module", "operator", "line", "before", "after")
             by = next((x for x in said(copy).splitlines() if x.startswith(("FAILED", "ERROR"))), "")
             record = {name: getattr(mutant, name) for name in fields}
-            yield record | {"outcome": outcome, "by": by[:160], "seconds": round(took, 2)}
+            yield record | {"outcome": outcome, "by": by[:160], "cpu": round(used.ru_utime + used.ru_stime, 2)}
+
+
+def write(copy: Path, module: str, source: str) -> None:
+    """The module's source, without what was compiled of another (compared by length and second only)."""
+    target = copy / f"verl_hpt/{module}.py"
+    target.write_text(source, encoding="utf-8")
+    for compiled in target.parent.glob(f"__pycache__/{module}.*"):
+        compiled.unlink()
 
 
 def warm_up() -> None:
@@ -199,6 +228,7 @@ def warm_up() -> None:
         "MPLBACKEND": "agg",
     }
     os.environ |= {"OPENBLAS_NUM_THREADS": "1", "VERL_USE_EXTERNAL_PLUGINS": "none"}
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # pyarrow
     for name in WARM:
         __import__(name)
@@ -225,36 +255,83 @@ def copy_tree(to: Path) -> Path:
     return to / "tree"
 
 
-def start(copy: Path, tests: list[str]) -> int:
+class Lines:
+    """A pytest plugin: which tests run which lines of one file, written to the file ``lines`` beside the copy."""
+
+    def __init__(self, file: Path):
+        self.file, self.tests = file, {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
+        lines = set()
+
+        def line(frame, event, _):
+            lines.add(frame.f_lineno)
+            return line
+
+        def call(frame, event, _):
+            return line(frame, event, _) if frame.f_code.co_filename == str(self.file) else None
+
+        threading.settrace(call)
+        sys.settrace(call)
+        try:
+            return (yield)
+        finally:
+            sys.settrace(None)
+            threading.settrace(None)
+            for number in lines:
+                self.tests.setdefault(number, []).append(item.nodeid)
+
+    def pytest_sessionfinish(self):
+        (self.file.parents[2] / "lines").write_text(json.dumps(self.tests))
+
+
+class First:
+    """A pytest plugin: the tests that run the mutant's line first; with ``only``, they alone where there are any."""
+
+    def __init__(self, names: list[str], only: bool):
+        self.names, self.only = set(names), only
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items):
+        items.sort(key=lambda item: item.nodeid not in self.names)
+        if self.only:  # a mutant may rename them all
+            items[:] = [item for item in items if item.nodeid in self.names] or items
+
+
+def start(copy: Path, tests: list[str], plugin: Lines | First, cpu_limit: int | None = None) -> int:
     """A child of this process that runs the tests in the copy. -> its pid, which is its process group too"""
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
         try:
             os.setsid()
-            child(copy, tests)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it does not outlive its parent
+            for kind, limit in ((resource.RLIMIT_DATA, MEMORY), (resource.RLIMIT_CPU, cpu_limit)):
+                if limit is not None:
+                    resource.setrlimit(kind, (limit, resource.getrlimit(kind)[1]))
+            child(copy, tests, plugin)
         finally:
-            os._exit(70)  # never back into the parent's code
+            os._exit(CRASHED)  # never back into the parent's code
     return pid
 
 
-def child(copy: Path, tests: list[str]) -> None:
+def child(copy: Path, tests: list[str], plugin: Lines | First) -> None:
     log = os.open(copy.parent / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     os.chdir(copy)
     os.environ["PYTHONPATH"] = str(copy)
     sys.path[:] = [str(copy), *(p for p in sys.path if p != str(HERE))]
-    import pytest
-
     try:
         import verl_hpt.plugin  # noqa: F401, verl would have loaded it
     except Exception as error:  # swallowed by verl as well
         print(f"the plugin does not load: {error!r}")
     loaded = Path(sys.modules["verl_hpt"].__file__)
     assert loaded.is_relative_to(copy), f"{loaded} is not the copy's"
-    code = pytest.main(["-x", "-q", "--tb=no", "-p", "no:cacheprovider", f"--basetemp={copy.parent / 'tmp'}", *tests])
+    options = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", f"--basetemp={copy.parent / 'tmp'}"]
+    code = pytest.main([*options, *tests], plugins=[plugin])
     sys.stdout.flush()
     os._exit(int(code))
 
@@ -289,7 +366,7 @@ def report(records: list[dict], modules: list[str]) -> int:
             print(f"  verl_hpt/{r['module']}.py:{r['line']} {r['operator']}{': ' + reason if reason else ''}")
             print("".join(f"    {mark} {x}\n" for mark, text in (("-", r["before"]), ("+", r["after"]))
                           for x in text.splitlines()), end="")  # fmt: skip
-    print(f"\n{sum(r['seconds'] for r in records) / 60:.1f} min of tests")
+    print(f"\n{sum(r['cpu'] for r in records) / 60:.1f} min of CPU time")
     return int(any(r["outcome"] == "survived" for r in records))
 
 
