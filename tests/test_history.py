@@ -349,9 +349,16 @@ def test_a_restored_history_is_the_same_and_goes_on_the_same(tmp_path):
 def test_a_loaded_state_is_a_copy():
     one, other = some_history(), History()
     other.load_state_dict(one.state_dict())
-    before = one.column("drawn").copy()
-    observe(other, 9, [0] * 3, keys=one.state_dict()["keys"][:3])
-    assert np.array_equal(one.column("drawn"), before)
+    before = {name: value.copy() for name, value in one.state_dict().items()}
+    keys, prompts = before["keys"][:3], before["prompts"][:3]
+    none = np.zeros(3, dtype=bool)
+    other.observe(9, Draw(keys[::-1], prompts, none * 0, none * 4, ~none, none))
+    other.observe_demos(np.repeat(keys, 4), np.tile(np.arange(4), 3))
+    after = other.state_dict()
+    for name in ("drawn", "uses", "drawn_at", "prompt_rows", "demo_uses"):
+        assert not np.array_equal(after[name][: len(before[name])], before[name]), f"{name} changed"
+    for name, value in one.state_dict().items():
+        assert np.array_equal(value, before[name]), name
 
 
 # --- size and speed ---------------------------------------------------------------------------------------------------

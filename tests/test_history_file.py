@@ -172,13 +172,14 @@ def test_what_is_no_file_is_refused_by_name(tmp_path, capsys, what, monkeypatch)
 
 
 @pytest.mark.parametrize("version", [VERSION - 1, VERSION + 1, 0, -1])
-def test_another_version_is_named_whatever_else_the_file_holds(tmp_path, version):
+def test_another_version_is_named_whatever_else_the_file_holds(tmp_path, capsys, version):
     """Version 1 had no description of what it depends on."""
     path = tmp_path / FILE
     arrays = {name: array for name, array in GOOD.items() if name != "depends"} | {"later": np.zeros(3)}
     path.write_bytes(archive(arrays | {"version": np.array(version)}))
     with pytest.raises(OtherVersion, match=f"{path}: a history of version {version}; this verl-hpt reads version 2"):
         History.read(str(path))
+    assert cli.main(["history", str(tmp_path)]) == 2 and f"version {version};" in capsys.readouterr().err
 
 
 def test_prompts_may_lead_to_the_first_and_the_last_question_and_there_may_be_none():
@@ -219,6 +220,8 @@ def test_a_file_takes_its_place_only_when_it_is_whole_and_on_disk(tmp_path, monk
     def record(name):
         def call(*arguments, **named):
             assert not path.exists(), f"{name} comes before the file is in place"
+            if name == "fsync":
+                assert len(History.read(f"{path}.partial")) > 0, "all of it has left the buffers"
             done.append(name)
             return real[name](*arguments, **named)
 

@@ -348,6 +348,15 @@ def test_the_metrics_of_a_step_and_what_is_remembered_value_by_value():
     assert known.tolist() == [True, True, True, False] and found[:3].tolist() == keys[:3].tolist()
 
 
+@pytest.mark.parametrize(("method", "graduated"), [("hpt", 1), ("sft", 0)])
+def test_a_solved_question_that_trains_on_nothing_does_not_graduate(method, graduated):
+    """Without its demonstration, method sft has nothing for it."""
+    trainer = Trainer({"method": method})
+    trainer.step({"q": [0] * 4})
+    trainer.demos = []
+    assert trainer.step({"q": [1] * 4})["hpt/history/graduated"] == graduated
+
+
 @pytest.mark.parametrize(
     ("node", "named"),
     [

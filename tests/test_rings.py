@@ -15,6 +15,7 @@ DATA = (
     "lifecycle",
     "questions",
     "history",
+    "history_file",
     "reward",
     "reward_worker",
     "config",
