@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import torch
 import transfer_queue as tq
+from engine.batches import jagged
 from tiny_run import changed, make_run
 from transfer_queue import KVBatchMeta, interface
 from transfer_queue.client import TransferQueueClient
@@ -46,10 +47,6 @@ def transfer_queue():
         interface._TQ_CLIENT, transferqueue_utils.TQ_INITIALIZED = None, False
         client.close()
         storage.shutdown()
-
-
-def jagged(rows) -> torch.Tensor:
-    return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)
 
 
 def likelihood(ids: torch.Tensor) -> torch.Tensor:

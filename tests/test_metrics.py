@@ -59,3 +59,45 @@ def test_plain_imitation_shows_a_weight_of_one():
     counts = np.zeros(len(W_EDGES) - 1)
     counts[np.searchsorted(W_EDGES, 1.0, side="left") - 1] = 7
     assert quantile(counts, W_EDGES, 0.5) == pytest.approx(1, abs=0.002)
+
+
+def test_quantiles_by_hand():
+    edges = (0.0, 1.0, 3.0, 4.0)
+    assert quantile(np.array([2, 4, 2]), edges, 0.5) == 2.0  # the middle of the second bin
+    assert quantile(np.array([2, 4, 2]), edges, 0.25) == 1.0 and quantile(np.array([2, 4, 2]), edges, 1.0) == 4.0
+    assert quantile(np.array([2, 4, 2]), edges, 0.0) == 0.0 and quantile(np.array([0, 0, 5]), edges, 0.2) == 3.2
+    assert quantile(np.array([0, 0, 0]), edges, 0.5) == 0.0
+    assert quantile(np.array([0, 3]), (0.0, 2.0, float("inf")), 0.5) == 2.0, "the last bin has no upper edge"
+
+
+def test_what_the_loss_sends_by_hand():
+    sent = {name: float(number) for number, name in enumerate(SUMS, 1)} | {"entropy_bonus": 0.25, "kl_loss": 0.75}
+    metrics = {SENT + name: value for name, value in sent.items()}
+    of_update(metrics)
+    expected = {
+        "loss/rl": sent["loss_rl"],
+        "loss/demo": sent["loss_demo"],
+        "demo_nll": sent["demo_nll"] / sent["demo_tokens"],
+        "clip_share/demos": sent["clipped_demos"] / sent["demo_tokens"],
+        "clip_share/rollouts": sent["clipped_rollouts"] / sent["rl_tokens"],
+        "approx_kl": sent["approx_kl"] / sent["rl_tokens"],
+        "gradient_share/demos": sent["strength_demos"] / (sent["strength_demos"] + sent["strength_rollouts"]),
+        "gradient_share/rollouts": sent["strength_rollouts"] / (sent["strength_demos"] + sent["strength_rollouts"]),
+        "entropy_bonus": 0.25,
+        "kl_loss": 0.75,
+    }
+    for name, edges in (("demo_p", P_EDGES), ("demo_w", W_EDGES)):
+        counts = np.array([sent[f"{name}_{i}"] for i in range(len(edges) - 1)])
+        expected |= {f"{name}/q{q}": quantile(counts, edges, q / 100) for q in (10, 50, 90)}
+    assert {name: metrics[f"hpt/{name}"] for name in expected} == pytest.approx(expected)
+
+
+def test_a_step_without_demonstrations_or_without_rollouts_has_no_share_of_them():
+    for present, absent in (("rl_tokens", "demo_nll"), ("demo_tokens", "approx_kl")):
+        metrics = {SENT + name: float(name == present) for name in SUMS}
+        of_update(metrics)
+        assert f"hpt/{absent}" not in metrics and metrics["hpt/loss/rl"] == 0
+        assert "hpt/gradient_share/demos" not in metrics and "hpt/kl_loss" not in metrics
+    metrics = {"actor/grad_norm": 1.0}
+    of_update(metrics)
+    assert metrics == {"actor/grad_norm": 1.0}, "an update that sent nothing"

@@ -355,3 +355,14 @@ def test_template_arguments_reach_the_reader_as_plain_values(tmp_path):
     run = met(model_folder(tmp_path, None), kwargs)
     assert run.reader.template_kwargs == {"enable_thinking": False, "opening": "calmly "}
     assert met(model_folder(tmp_path, None)).reader.template_kwargs == {}
+
+
+# --- refusals that verl's own config can meet -------------------------------------------------------------------------
+
+
+def test_rollout_correction_without_the_rollouts_log_probs_is_refused():
+    """verl would skip it without a word; our update would ask for weights that nothing computed."""
+    settings = ["algorithm.rollout_correction.rollout_is=sequence", f"{ROLL}.calculate_log_probs=False"]
+    with pytest.raises(UserError, match=r"rollout_is=sequence needs .*; set .*rollout\.calculate_log_probs=True"):
+        make_run(*settings)
+    assert make_run(*settings, "++hpt.method=sft").method.rollouts is None, "no rollouts to correct"

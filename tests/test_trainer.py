@@ -276,6 +276,79 @@ def test_a_reasoning_tag_that_the_prompt_opens_is_not_said_twice():
         tq.kv_clear(keys=rollouts.keys, partition_id=PARTITION)
 
 
+# --- the gate and the plan on scores as reward functions give them --------------------------------------------------
+
+
+def test_scores_between_and_beyond_zero_and_one_are_compared_with_success():
+    """success = 0.5: [0.25, 0.75] is half solved, [-1, 0.25] not at all, [2, 3] wholly; Â is made of the scores."""
+    rollouts = Rollouts().add("half", [0.25, 0.75], target="unread").add("low", [-1, 0.25], target="ab")
+    rollouts.add("high", [2, 3], target="unread")
+    meta, ranks, metrics = step(make_trainer("++hpt.gate.success=0.5"), rollouts.batch([4, 0, 2, 5, 3, 1]))
+    found = {
+        key.replace(key, "demo") if key.startswith("hpt") else key: (row["reward"], row["advantage"], row["correct"])
+        for key, row in zip(meta.keys, updated(ranks), strict=True)
+    }
+    assert found == {
+        "half_0_0": (0.25, -0.25, 0),
+        "half_1_0": (0.75, 0.25, 1),
+        "high_0_0": (2, -0.5, 1),
+        "high_1_0": (3, 0.5, 1),
+        "demo": (0.5, 0, 1),
+    }
+    assert metrics["hpt/solve_rate"] == 0.5 and metrics["hpt/rl_solve_rate"] == 0.75
+    assert metrics["hpt/all_fail_share"] == pytest.approx(1 / 3)
+
+
+def test_a_demonstration_in_its_group_counts_as_success_among_scores_below_it():
+    rollouts = Rollouts().add("a", [-1.0, 0.25], target="ab")
+    meta, ranks, _ = step(make_trainer("++hpt.method=luffy", "++hpt.gate.success=0.5"), rollouts.batch())
+    mean = (-1 + 0.25 + 0.5) / 3
+    for key, row in zip(meta.keys, updated(ranks), strict=True):
+        reward = 0.5 if key.startswith("hpt") else row["reward"]
+        assert row["reward"] == reward and row["advantage"] == pytest.approx(reward - mean, abs=1e-6)
+        assert row["w_rl"] == pytest.approx(1 / (3 * 64))
+
+
+def test_each_source_has_a_success_of_its_own():
+    rollouts = (
+        Rollouts().add("a", [0.75, 0], target="ab", source="easy").add("b", [0.75, 0], target="cd", source="hard")
+    )
+    trainer = make_trainer("++hpt.gate.success=0.5", "++hpt.per_source={hard: {gate: {success: 0.875}}}")
+    meta, ranks, metrics = step(trainer, rollouts.batch())
+    said_by = {row["responses"].tolist()[0]: row["reward"] for row in updated(ranks) if row["w_demo"]}
+    assert said_by == {TOKENIZER.encode("c")[0]: 0.875}
+    assert {key for key in meta.keys if not key.startswith("hpt")} == {"a_0_0", "a_1_0"}
+    assert (metrics["hpt/source/easy/solve_rate"], metrics["hpt/source/hard/solve_rate"]) == (0.5, 0)
+    assert (metrics["hpt/source/easy/demo_share"], metrics["hpt/source/hard/demo_share"]) == (0, 1)
+
+
+def test_the_steps_metrics_by_hand():
+    """Four questions: one taught, two on RL, one unusable; two optimizer steps of four rows, two of them padding."""
+    rollouts = Rollouts().add("a", [0, 0, 0], target="abcd").add("b", [1, 1], target="x", answers=["y", "zz"])
+    rollouts.add("c", [1, 0], target="x", answers=["y", "zz"]).add("d", [0], target="", answers=["y"])
+    trainer = make_trainer(f"{ACTOR}.ppo_mini_batch_size=2", f"{ACTOR}.ppo_micro_batch_size_per_gpu=4")
+    _, _, metrics = step(trainer, rollouts.batch())
+    expected = {
+        "questions": 4, "demo_share": 1 / 4, "taught_share": 1 / 4, "zone/rl": 3 / 4, "zone/demo": 1 / 4,
+        "solve_rate": 3 / 8, "rl_solve_rate": 3 / 5, "all_fail_share": 2 / 4, "rows/rollouts": 5, "rows/demos": 1,
+        "rows/padding": 2, "dropped/rollouts": 3, "dropped/demos": 0, "unusable_demos": 1, "unusable/empty": 1,
+        "optimizer_steps": 2,
+    }  # fmt: skip
+    assert {name: metrics[f"hpt/{name}"] for name in expected} == pytest.approx(expected)
+    # λ/(Q·|τ|) on five tokens against the mean of 1/(Q·n·L) over tokens: n is 2 on ten tokens and 1 on two.
+    rl = (10 / (2 * 2 * 64) + 2 / (2 * 64)) / 12
+    assert metrics["hpt/demo_to_rl_weight"] == pytest.approx((0.1 / (2 * 5)) / rl)
+
+
+def test_a_return_that_is_not_finite_stops_with_the_question():
+    rollouts = Rollouts()
+    for session, reward in enumerate([0.5, float("nan")]):
+        columns = {"token_level_rewards": torch.tensor([0.0, reward])}
+        rollouts.row(f"a_{session}_0", "a", 1.0, "x", None, "a:", "src", columns)
+    with pytest.raises(UserError, match=r"\(data source 'src', index 0\): return \[0\.5, nan\] is not finite"):
+        make_trainer("algorithm.use_kl_in_reward=True")._update_actor(rollouts.batch(), {})
+
+
 # --- what is cleared --------------------------------------------------------------------------------------------------
 
 

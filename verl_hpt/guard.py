@@ -117,6 +117,12 @@ def _method(config, settings: Settings, method: Method, has_reference: bool, has
     own_rollouts = method.s_estimator.needs if method.when == "own" and method.s_estimator is not None else frozenset()
     for name in sorted(own_rollouts & {"teacher_log_prob", "other_log_prob"}):
         yield f"method {method.name} imitates its own rollouts too (when: own), and these have no {name}"
+    correction = (config.algorithm.get("rollout_correction") or {}).get("rollout_is")
+    if correction and method.rollouts is not None and not config.actor_rollout_ref.rollout.get("calculate_log_probs"):
+        yield (
+            f"algorithm.rollout_correction.rollout_is={correction} needs the rollout engine's log-probs, and verl "
+            "skips it without a word; set actor_rollout_ref.rollout.calculate_log_probs=True, or rollout_is=null"
+        )
     if config.algorithm.get("use_kl_in_reward"):
         if method.rollouts is None:
             yield f"method {method.name} trains on demonstrations only: algorithm.use_kl_in_reward=True has no effect"
