@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from engine.batches import announce, contents, model_output, random_case, row_batch, whole
-from test_config import VERL
 from test_questions import Letters, group
+from verl_config import compose
 
 from verl_hpt import config, guard
 from verl_hpt.demo_columns import packed, unpacked
@@ -283,10 +283,6 @@ def test_a_model_is_asked_once_and_only_about_questions_with_a_choice():
     ],
 )
 def test_settings_that_have_nothing_to_work_on_are_refused(node, message):
-    from omegaconf import OmegaConf
-
     settings = config.load(node)
     with pytest.raises(UserError, match=message):
-        guard.refuse(
-            OmegaConf.create(VERL), settings, config.resolve_method(settings), has_reference=False, has_critic=False
-        )
+        guard.refuse(compose(), settings, config.resolve_method(settings), has_reference=False, has_critic=False)
