@@ -1,10 +1,17 @@
-"""Settings: typed, checked before a model loads, errors that name key, value and choices; refusals all at once."""
+"""Settings: typed, checked before a model loads, all at once, errors that name key, value and choices."""
+
+import dataclasses
+import math
+import re
 
 import pytest
 
-from verl_hpt import config
+from verl_hpt import config, parts
 from verl_hpt.config import Schedule, load, resolve_method
 from verl_hpt.errors import UserError
+from verl_hpt.estimator import METHODS, Estimator, Method, Term
+from verl_hpt.gate import decide
+from verl_hpt.parts import RANGES, Constants
 
 
 def test_defaults_are_the_documented_ones():
@@ -35,6 +42,35 @@ def test_defaults_are_the_documented_ones():
         ({"per_source": {"a": {"gates": {}}}}, r"hpt\.per_source\.a\.gates: unknown key"),
         ({"rl_length_scale": 0}, r"hpt\.rl_length_scale=0\.0: must be null .*or above 0"),
         ({"modules": "mine"}, r"hpt\.modules='mine': must be a list"),
+        (
+            {"gate": {"threshold": {"start": 1, "end": 0, "steps": 0}}},
+            r"hpt\.gate\.threshold\.steps=0: must be at least 1",
+        ),
+        ({"gate": {"off": {"start": 1, "end": 0, "steps": 0}}}, r"hpt\.gate\.off\.steps=0: must be at least 1"),
+        ({"gate": {"soft": [[0, 0, 1]]}}, r"hpt\.gate\.soft=.*: must be a table of at least two rows"),
+        ({"gate": {"soft": [[0, 0, 1], [1, 0, -1]]}}, r"hpt\.gate\.soft=.*none negative"),
+        ({"demo": {"per_question": 0}}, r"hpt\.demo\.per_question=0: must be at least 1"),
+        ({"history": {"retire_after": 0}}, r"hpt\.history\.retire_after=0: must be null or at least 1"),
+        ({"history": {"cooldown": -1}}, r"hpt\.history\.cooldown=-1: must be at least 0 \(steps\)"),
+        ({"history": {"early_gate": {"after_failures": 0}}}, r"early_gate\.after_failures=0: must be at least 1"),
+        (
+            {"history": {"early_gate": {"after_failures": 1, "rollouts": 0}}},
+            r"early_gate\.rollouts=0: must be at least",
+        ),
+        ({"history": {"early_gate": {"rollouts": 2}}}, r"hpt\.history\.early_gate: needs after_failures; got rollouts"),
+        (
+            {"compose": {"normalization": "tokens"}},
+            r"hpt\.compose\.normalization='tokens': must be one of question, seq",
+        ),
+        ({"compose": {"demos": [{"scale": 2}]}}, r"hpt\.compose\.demos\[0\]: needs kind; got scale"),
+        ({"compose": {"demos": [{"kind": "S", "scale": 0}]}}, r"demos\[0\]\.scale=0\.0: must be above 0; or leave the"),
+        ({"compose": {"demos": [{"kind": "S", "weight": 1}]}}, r"hpt\.compose\.demos\[0\]\.weight: unknown key"),
+        ({"compose": {"rollouts": 5}}, r"hpt\.compose\.rollouts=5: must be text or a mapping or null, got int"),
+        ({"modules": ["a/b.py"]}, r"hpt\.modules='a/b\.py': must be names of modules"),
+        (
+            {"per_source": {"a": {"gate": {"off": math.inf}}}},
+            r"hpt\.per_source\.a\.gate\.off=inf: must be a number that",
+        ),
         ({"demo": {"select": "likelihood"}}, r"hpt\.demo\.log_likelihood=None: must be the column .*likelihood_of"),
     ],
 )
@@ -51,7 +87,10 @@ def test_bad_settings_are_named_with_key_value_and_choices(node, message):
         ({"compose": {"rollouts": "nothing"}}, r"hpt\.compose\.rollouts: unknown estimator 'nothing'"),
         ({"compose": {"rollouts": {"mask": "x"}}}, r"hpt\.compose\.rollouts\.mask: unknown mask 'x'; one of"),
         ({"compose": {"demos": [{"kind": "Q"}]}}, r"hpt\.compose\.demos\[0\]\.kind='Q': must be one of S, R"),
-        ({"compose": {"demos": [{"kind": "S"}], "place": "group"}}, r"a member of the group stands always"),
+        (
+            {"compose": {"demos": [{"kind": "S"}], "place": "group"}},
+            r"hpt\.compose: .* member of the group stands always",
+        ),
         ({"compose": {"demos": []}}, r"terms on demonstrations and when='gate' contradict"),
         ({"method": "luffy", "gate": {"off": 0.5}}, r"hpt\.gate\.off is set, but method 'luffy' has no gate"),
         ({"gate": {"soft": [[0, 0, 1], [1, 0, 0]]}}, r"hpt\.gate\.soft is set.*hpt_soft"),
@@ -60,6 +99,14 @@ def test_bad_settings_are_named_with_key_value_and_choices(node, message):
             r"a term that method 'hpt_off_on' has not",
         ),
         ({"compose": {"demos": [{"kind": "R", "estimator": {}}]}}, r"no group to take centered over"),
+        (
+            {"compose": {"demos": [{"kind": "S", "estimator": "grpo"}]}},
+            r"its S term on demonstrations takes the advantage standardized over a group.*set its advantage to unit",
+        ),
+        (
+            {"compose": {"demos": [{"kind": "R", "estimator": "ppo"}]}},
+            r"its R term on demonstrations takes the advantage gae.*set its advantage to unit or reward",
+        ),
         ({"gate": {"function": "mine"}}, r"hpt\.gate\.function='mine' is not registered"),
         (
             {"method": "hpt_soft", "gate": {"soft": "steep"}},
@@ -83,3 +130,293 @@ def test_schedules_move_from_start_to_end_and_stay():
     assert [linear.at(s) for s in (0, 50, 100, 500)] == [0.5, 0.25, 0.0, 0.0]
     cosine = Schedule(1.0, 0.0, 100, "cosine")
     assert [round(cosine.at(s), 6) for s in (0, 50, 100)] == [1.0, 0.5, 0.0] and cosine.at(25) > 0.8
+
+
+# --- every problem, not the first ------------------------------------------------------------------------------------
+
+
+def problems(node) -> list[str]:
+    with pytest.raises(UserError) as error:
+        load(node)
+    return str(error.value).removeprefix("these settings cannot work:\n  - ").split("\n  - ")
+
+
+def test_every_problem_of_the_settings_is_said_at_once():
+    node = {
+        "methd": "hpt",
+        "demo_coef": "x",
+        "gate": {"threshold": math.inf, "success": True},
+        "options": {"shaping": -0.5, "kl": [1]},
+        "demo": {"per_question": 0},
+        "compose": {"demos": [{"kind": "S", "scale": math.nan}, {"kind": "Q"}]},
+        "history": {"cooldown": -1},
+    }
+    said = problems(node)
+    keys = ("methd", "demo_coef", "gate.threshold", "gate.success", "options.shaping", "options.kl",
+            "demo.per_question", "compose.demos[0].scale", "compose.demos[1].kind", "history.cooldown")  # fmt: skip
+    assert len(said) == len(keys) and all(any(p.startswith(f"hpt.{key}") for p in said) for key in keys)
+
+
+def test_a_key_of_a_wrong_type_is_not_named_again_for_the_default_that_stands_in():
+    assert problems({"demo": {"select": "likelihood", "log_likelihood": 5}}) == [
+        "hpt.demo.log_likelihood=5: must be text, got int"
+    ]
+    assert problems({"gate": {"soft": [[0, 0, 1], [1, 0, "x"]]}}) == [
+        "hpt.gate.soft[1][2]='x': must be a number, got str"
+    ]
+    assert len(problems({"options": {"kl": "x", "k": 1}})) == 2
+
+
+def test_problems_of_gates_and_method_come_at_once():
+    node = {
+        "method": "grpo",
+        "gate": {"function": "mine", "soft": "linear"},
+        "per_source": {"a": {"gate": {"soft": "x"}}},
+    }
+    with pytest.raises(UserError) as error:
+        resolve_method(load(node))
+    text = str(error.value)
+    assert text.startswith("method 'grpo' and its gates do not fit:\n  - ") and text.count("\n  - ") == 3
+    for part in ("hpt.gate.function='mine'", "hpt.gate.soft='x'", "hpt.gate.soft is set, but method 'grpo'"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("node", "near"),
+    [
+        ({"gate": {"treshold": 0}}, "did you mean threshold?"),
+        ({"demo_coeff": 1}, "did you mean demo_coef?"),
+        ({"options": {"shapng": 1}}, "did you mean shaping?"),
+        ({"demo": {"select": "round-robin"}}, "did you mean round_robin?"),
+        ({"history": {"cool_down": 1}}, "did you mean cooldown?"),
+    ],
+)
+def test_a_misspelt_name_gets_the_nearest_one(node, near):
+    assert problems(node)[0].endswith(near)
+    assert "did you mean" not in problems({"zzzz": 1})[0]
+
+
+WRONG = {
+    "number": ["x", "1.0", True, math.nan, math.inf, -math.inf, [1], {"a": 1}, 10**400],
+    "whole number": ["1", True, 1.5, math.nan, [1], {"a": 1}],
+    "text": [5, True, ["a"], {"a": "b"}, 1.5],
+    "choice": ["nothing", 5, ["question"], {}, True, ""],
+    "mapping": [5, "x", [1], True],
+    "list": ["x", 5, {"a": 1}],
+    "below 0": [-1, -0.5],
+}
+KEYS = {
+    "demo_coef": ["number", "below 0"],
+    "rl_length_scale": ["number", "below 0"],
+    "gate.threshold": ["number"],
+    "gate.success": ["number"],
+    "gate.off": ["number"],
+    "gate.count": ["whole number"],
+    "demo.eos": ["whole number"],
+    "demo.per_question": ["whole number"],
+    "history.cooldown": ["whole number"],
+    "history.retire_after": ["whole number"],
+    "seed": ["whole number"],
+    "question_key": ["text"],
+    "method": ["choice"],
+    "demo.key": ["text"],
+    "normalization": ["choice"],
+    "demo.on_unusable": ["choice"],
+    "demo.select": ["choice"],
+    "history.on_missing": ["choice"],
+    "gate": ["mapping"],
+    "demo": ["mapping"],
+    "history": ["mapping"],
+    "options": ["mapping"],
+    "per_source": ["mapping"],
+    "compose": ["mapping"],
+    "modules": ["list"],
+}
+HOSTILE = [(key, value) for key, kinds in KEYS.items() for kind in kinds for value in WRONG[kind]] + [
+    ("gate.threshold", {"start": math.nan, "end": 0, "steps": 5}),
+    ("gate.threshold", {"start": 0, "end": math.inf, "steps": 5}),
+    ("gate.off", {"start": 0, "end": 0, "steps": 1.5}),
+    ("gate.threshold", {"start": 0, "end": 0, "steps": 5, "shape": "steep"}),
+    *(("gate.soft", x) for x in (5, True, [], ["x"], [[["a"]]], {}, "", [[0, 0, math.inf], [1, 0, 0]], [[0, 0], [1]])),
+    *(("demo.reward", x) for x in (True, math.nan, math.inf, [1], {"a": 1})),
+    *(("gate.function", x) for x in ("", "no_such_gate", 5, [1])),
+    *(("compose", {"demos": [{"kind": "S", "scale": x}]}) for x in (math.nan, math.inf, -1, [1], "x", True, None, 0)),
+    *(("compose", {"demos": x}) for x in (5, "S", [5], ["S"], [[]], {"kind": "S"}, [{}], [{"kind": ["S"]}], [None])),
+    *(("compose", {"rollouts": x}) for x in (5, [], "", {"mask": 5}, {"mask": "no"}, {"masc": "x"}, {5: "x"})),
+    *(("compose", {"demos": [{"kind": "S", "estimator": x}]}) for x in (5, None, [], "no", {"mask": ["x"]})),
+    *(("per_source.a", x) for x in (5, "x", [], {"gate": 0}, {"gate": None}, {"gate": [1]}, {"gate": {"count": "x"}})),
+    *(("history.early_gate", x) for x in (5, {}, "x", {"after_failures": "x"}, {"after_failures": 0})),
+    *(("modules", x) for x in ([""], ["."], [".a"], ["a b"], ["a/b"], [5], [None], ["no_such_module_of_mine"])),
+    *(("options.shaping", x) for x in ("x", None, True, math.nan, math.inf, [1])),
+    *((key, 1) for key in ("no", "gate.no", "demo.no", "history.no", "options.no", "options.clip_c", "per_source.a.x")),
+]  # fmt: skip
+
+
+def nested(key: str, value) -> dict:
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
+
+
+@pytest.mark.parametrize(("key", "value"), HOSTILE, ids=lambda x: str(x)[:40])
+def test_hostile_settings_get_an_error_that_names_the_key(key, value):
+    with pytest.raises(UserError, match=re.escape(f"hpt.{key}")):
+        resolve_method(load(nested(key, value)))
+
+
+@pytest.mark.parametrize("node", [5, "x", [1], True, 0, "", {5: 1}, {"gate": {None: 1}}, {(1, 2): 3}], ids=str)
+def test_a_hostile_node_is_refused(node):
+    with pytest.raises(UserError, match=r"^hpt(\.gate)?[.=]"):
+        load(node)
+
+
+def test_no_node_is_the_defaults_and_null_is_not_a_mapping():
+    assert load(None) == load({}) == config.Settings()
+    assert problems({"gate": None}) == [
+        "hpt.gate=None: must be a mapping with keys " + ", ".join(f.name for f in dataclasses.fields(config.Gate))
+    ]
+
+
+def test_numbers_at_the_edge_are_taken():
+    settings = load({"demo_coef": 0, "gate": {"threshold": -1, "count": -1}, "demo": {"reward": -2, "per_question": 1}})
+    assert (settings.demo_coef, settings.demo.reward) == (0.0, -2.0)
+    assert [decide(solved, 4, settings.gate.at(0)).zone for solved in (0, 4)] == ["rl", "rl"], "a count below 0: never"
+    edge = {"history": {"cooldown": 0, "retire_after": 1, "early_gate": {"after_failures": 1, "rollouts": 1}}}
+    assert load(edge).history.early_gate.after_failures == 1
+    assert load({"gate": {"threshold": {"start": 1, "end": 0, "steps": 1}}}).gate.at(1).threshold == 0.0
+    assert load({"rl_length_scale": 1e-3}).rl_length_scale == 1e-3
+    assert load({"gate": {"soft": [[0, 0, 1], [1, 0, 0]]}}).gate.soft == [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
+
+
+# --- constants -------------------------------------------------------------------------------------------------------
+
+EDGES = {  # the last number that a range takes, and the first that it does not
+    "shaping": (1e-9, 0.0, "at 0 no token learns"),
+    "entropy_weight": (0.0, -1e-9, "demonstrations are unlearned"),
+    "positive_weight": (0.0, -1e-9, "correct rollouts are unlearned"),
+    "kl": (0.0, -1e-9, "away from the reference model"),
+    "max_ratio": (1e-9, 0.0, "its logarithm is taken"),
+    "otr_beta": (1 - 1e-9, 1.0, "at 1 no token learns"),
+    "psft_clip": (0.0, -1e-9, "below it no token learns"),
+    "trust": (1.0, 1.001, "it is a probability"),
+    "uniform": (1.0, 1.001, "it is a probability"),
+}
+
+
+def test_every_constant_has_a_range_that_takes_its_default():
+    assert set(RANGES) == {f.name for f in dataclasses.fields(Constants)}
+    assert set(EDGES) == set(RANGES) - {"clip_low", "clip_high", "clip_c"}
+    for name, value in dataclasses.asdict(Constants()).items():
+        assert RANGES[name][0](value), name
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_a_constant_out_of_its_range_is_refused_with_the_reason(name):
+    inside, outside, why = EDGES[name]
+    assert getattr(config.constants(load({"options": {name: inside}})), name) == inside
+    (said,) = problems({"options": {name: outside}})
+    assert said.startswith(f"hpt.options.{name}={outside!r}: must be ") and why in said
+    if name in ("trust", "uniform"):
+        assert "above 0 and at most 1" in problems({"options": {name: 0}})[0]
+
+
+# --- methods that would train nothing --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", [None, {}, {"reference": "one"}, {"mask": "psft_clip", "reference": "old"}])
+def test_a_composed_s_term_imitates_unless_it_says_otherwise(estimator):
+    term = {"kind": "S"} if estimator is None else {"kind": "S", "estimator": estimator}
+    method = resolve_method(load({"compose": {"demos": [term]}}))
+    assert method.s_estimator.names() == {
+        "mask": "everywhere", "reference": "current", "advantage": "unit", "likelihood": "plain"
+    } | (estimator or {})  # fmt: skip
+    assert method.term("S").scale == 1.0
+    calm = {"compose": {"demos": [{"kind": "S", "scale": 2, "estimator": {"advantage": "calm"}}]}}
+    assert resolve_method(load(calm)).s_estimator.advantage is parts.calm
+    assert resolve_method(load(calm)).term("S").scale == 2.0
+
+
+def test_a_composed_r_term_stands_for_its_question_and_takes_the_groups_advantage():
+    node = {
+        "compose": {"demos": [{"kind": "R", "estimator": {"reference": "one"}}], "place": "group", "when": "always"}
+    }
+    assert resolve_method(load(node)).r_estimator.advantage is parts.centered
+    assert resolve_method(load({"compose": {"demos": [{"kind": "R"}]}})).r_estimator.advantage is parts.unit
+
+
+def of(term: Term, **changes) -> Method:
+    return Method("mine", METHODS["grpo"].rollouts, (term,), **{"when": "always", **changes})
+
+
+OVER_GROUP = [name for name, part in parts.PARTS["advantage"].items() if part.over_group is not None]
+
+
+@pytest.mark.parametrize("place", ["separate", "group"])
+@pytest.mark.parametrize("advantage", OVER_GROUP)
+def test_an_s_term_over_a_group_is_refused_wherever_it_stands(advantage, place):
+    with pytest.raises(
+        ValueError, match=rf"'mine': its S term on demonstrations takes the advantage {advantage} over a"
+    ):
+        of(Term("S", Estimator(advantage=parts.PARTS["advantage"][advantage])), place=place)
+
+
+@pytest.mark.parametrize("place", ["separate", "group"])
+@pytest.mark.parametrize("kind", ["S", "R"])
+def test_a_critics_advantage_is_refused_on_demonstrations(kind, place):
+    with pytest.raises(ValueError, match=rf"'mine': its {kind} term on demonstrations takes the advantage gae"):
+        of(Term(kind, Estimator(advantage=parts.gae)), place=place)
+
+
+def test_the_off_zones_term_is_checked_as_well():
+    with pytest.raises(ValueError, match="its R term on demonstrations takes the advantage gae"):
+        dataclasses.replace(METHODS["hpt"], off_zone=Term("R", Estimator(advantage=parts.gae)))
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, math.nan, math.inf])
+def test_a_scale_that_trains_nothing_or_unlearns_is_refused(scale):
+    with pytest.raises(ValueError, match=r"its S term on demonstrations has scale .*: must be finite and above 0"):
+        of(Term("S", METHODS["sft"].s_estimator, scale))
+
+
+def test_a_methods_normalization_is_one_that_there_is():
+    with pytest.raises(ValueError, match="'mine': unknown normalization 'tokens'; one of question, sequence, token"):
+        of(METHODS["sft"].demos[0], normalization="tokens")
+
+
+def test_a_term_of_each_kind_at_most_and_a_place_that_fits():
+    s, r = METHODS["sft"].demos[0], METHODS["trsft"].demos[0]
+    with pytest.raises(ValueError, match=r"at most one S and one R term on demonstrations, got \['S', 'S'\]"):
+        Method("mine", None, (s, s), when="always")
+    with pytest.raises(ValueError, match="terms on demonstrations and when='never' contradict"):
+        of(s, when="never")
+    with pytest.raises(ValueError, match="has nothing for rollouts: demonstrations must stand always"):
+        Method("mine", None, (s,), when="gate")
+    with pytest.raises(ValueError, match="a member of the group stands always, beside rollouts"):
+        of(r, when="gate", place="group")
+    assert of(s).term("R") is None and of(r).term("S") is None
+
+
+# --- what a method is read from --------------------------------------------------------------------------------------
+
+
+def test_the_off_zone_is_the_methods_own_r_term_or_the_published_one():
+    off = resolve_method(load({"gate": {"off": 0.5}})).off_zone
+    assert off.kind == "R" and off.estimator.names() == {
+        "mask": "everywhere", "reference": "one", "advantage": "reward", "likelihood": "shaped"
+    }  # fmt: skip
+    of_source = {"method": "hpt_mix_on", "per_source": {"a": {"gate": {"off": 0.5}}}}
+    assert resolve_method(load(of_source)).off_zone is METHODS["hpt_mix_on"].term("R")
+    assert resolve_method(load({})).off_zone is None
+
+
+def test_the_constants_are_verls_clip_range_and_the_options():
+    made = config.constants(load({"options": {"shaping": 0.5}}), 0.1, 0.3, 9.0)
+    assert (made.clip_low, made.clip_high, made.clip_c, made.shaping) == (0.1, 0.3, 9.0, 0.5)
+    assert config.constants(load({})) == Constants()
+
+
+def test_a_sources_switch_replaces_the_general_one_of_any_kind():
+    node = {"gate": {"threshold": 0.5, "success": 0.7}, "per_source": {"a": {"gate": {"count": 2}}, "b": {}}}
+    own = load(node).per_source
+    assert (own["a"].gate.threshold, own["a"].gate.count, own["a"].gate.success) == (0.0, 2, 0.7)
+    assert (own["b"].gate.threshold, own["b"].gate.count, own["b"].gate.success) == (0.5, None, 0.7)

@@ -1,10 +1,14 @@
 """The command line: answers, and one clear line for whatever is wrong."""
 
 import json
+import math
+import sys
 
 import pytest
 
 from verl_hpt.cli import main
+from verl_hpt.errors import UserError
+from verl_hpt.explain import explain
 
 CASE = {
     "hpt": {"method": "hpt", "normalization": "official", "rl_length_scale": 16, "demo_coef": 1.0},
@@ -70,6 +74,9 @@ def change(path, value):
         (change(["questions", 0, "rollouts", 0, "log_prob"], 0.5), "a log-probability is at most 0"),
         (change(["questions", 0, "demos"], {}), "questions[0].demos: must be a list"),
         (change(["actor"], {"clip": 1}), "actor.clip: unknown key; one of clip_ratio_c"),
+        (change(["actor"], {"clip_ratio_low": -1}), "actor.clip_ratio_low=-1.0: must be at least 0"),
+        (change(["actor"], {"clip_ratio_high": "x"}), "actor.clip_ratio_high='x': must be a finite number"),
+        (change(["actor"], {"clip_ratio_c": 1}), "actor.clip_ratio_c=1.0: must be above 1"),
     ],
 )
 def test_a_wrong_case_gets_one_line_that_names_the_place(tmp_path, capsys, case, place):
@@ -82,3 +89,66 @@ def test_a_file_that_is_not_there_and_an_unknown_command(capsys):
     assert "no-such-file.json: cannot be read" in capsys.readouterr().err
     assert main(["explian"]) == 2
     assert "one of explain" in capsys.readouterr().err
+
+
+def test_a_composed_s_term_without_an_advantage_trains_as_the_named_method_does():
+    """DFT's weight of a token is p, −0.5 nats: gradient −λ·p/|τ| with λ = 1, |τ| = 2, one question a demonstration."""
+    composed = {"rollouts": "dr_grpo", "demos": [{"kind": "S", "estimator": {"reference": "one"}}]}
+    (demo, *_) = explain(change(["hpt", "compose"], composed))["rows"]
+    assert demo["kind"] == "demo" and demo["gradient"] == pytest.approx([-math.exp(-0.5) / 2] * 2)
+
+
+def test_the_clip_range_of_a_case_is_read():
+    """A rollout with Â = 0.5 and ratio e^0.2 = 1.22: it learns below a bound of 1.3 and stands still above 1.1."""
+    rows = [{"reward": r, "length": 1, "log_prob": -1.0, "old_log_prob": -1.2} for r in (1, 0)]
+    for high, coefficient in ((0.3, 0.5 * math.exp(0.2)), (0.1, 0.0)):
+        case = {"hpt": {"method": "dr_grpo"}, "actor": {"clip_ratio_high": high}, "questions": [{"rollouts": rows}]}
+        assert explain(case)["rows"][0]["coefficient"]["rl"] == pytest.approx([coefficient])
+
+
+MODULE = """
+from pathlib import Path
+import verl_hpt.gate as gate
+Path(__file__).with_name("imported").touch()
+
+@gate.register_gate
+def never_on_a_demonstration(solved, n, settings):
+    return gate.RL
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """A module of the user's that leaves a trace when it is imported."""
+    from verl_hpt.gate import GATES
+
+    (tmp_path / "a_case_module.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield change(["hpt"], {"modules": ["a_case_module"], "gate": {"function": "never_on_a_demonstration"}})
+    GATES.pop("never_on_a_demonstration", None)
+    sys.modules.pop("a_case_module", None)
+
+
+def test_a_cases_modules_are_not_imported_unless_asked(tmp_path, capsys, module):
+    status, out, err = run(tmp_path, capsys, module)
+    assert status == 2 and not out
+    assert "hpt.modules=['a_case_module']: explaining this case would import them and so run their code" in err
+    assert "add --import-modules" in err and not (tmp_path / "imported").exists()
+    with pytest.raises(UserError, match="--import-modules"):
+        explain(module)
+    assert not (tmp_path / "imported").exists()
+
+
+def test_a_cases_modules_are_imported_with_the_flag(tmp_path, capsys, module):
+    path = tmp_path / "case.json"
+    path.write_text(json.dumps(module))
+    assert main(["explain", str(path), "--import-modules"]) == 0
+    zones = {row["uid"]: row["zone"] for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert zones == {"q1": "rl", "q2": "rl"} and (tmp_path / "imported").exists()
+    assert explain(module, import_modules=True)["rows"]
+
+
+def test_the_flag_is_told_by_help(capsys):
+    with pytest.raises(SystemExit):
+        main(["explain", "--help"])
+    assert "--import-modules" in capsys.readouterr().out

@@ -303,7 +303,8 @@ def _composed(compose: Compose) -> Method:
             terms.append(Term(term.kind, estimator, term.scale))
         return Method("composed", rollouts, tuple(terms), compose.place, compose.when, compose.normalization)
     except ValueError as error:
-        raise UserError(str(error)) from error
+        said = str(error)
+        raise UserError(said if said.startswith("hpt.") else f"hpt.compose: {said}") from error
 
 
 def _check(settings: Settings, problems: list[str]) -> None:
