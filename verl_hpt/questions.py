@@ -152,8 +152,8 @@ class Reader:
 
     def _values(self, demo: Demo, encoded: demos.EncodedDemo, success: float) -> dict:
         """What the columns say of a demonstration, checked; raises `Unusable` for what does not fit or is missing."""
-        settings, values = self.settings, dict(demo.values)
-        check_values(demo, self.columns, encoded)
+        settings = self.settings
+        values = {**demo.values, **check_values(demo, self.columns, encoded)}
         reward = success if settings.reward is None else settings.reward
         given = {"place": demo.index, "content": demo.content, "reward": reward} | values
         if "teacher_log_prob" in given:
