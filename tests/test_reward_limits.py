@@ -156,6 +156,22 @@ def test_a_process_that_fails_at_work_is_ended_told_and_replaced(work, why, stan
     assert pool.grade("5", "5", 30.0) == {"score": 1.0, "pid": started[1].pid}
 
 
+def test_the_limit_holds_while_a_process_reads_nothing(stand_in):
+    stand_in(GREETING + "time.sleep(5)")
+    reply = reward.Pool(1, 100).grade("a" * 10**6, "5", 0.05)  # more than a pipe holds
+    assert reply == {"score": 0.0, "error": "no answer within 1.05 s"}
+    stand_in(GREETING + "os.close(0); time.sleep(5)")
+    worker = reward._Worker(100)
+    time.sleep(0.3)
+    with pytest.raises(reward._Died, match=r"^the process ended$"):
+        worker.grade("a" * 10**6, "5", 0.05)
+
+
+def test_a_process_has_a_second_on_top_of_the_limit_to_end_itself(stand_in):
+    stand_in(f"{GREETING}\nfor line in sys.stdin:\n    time.sleep(0.3)\n    print('[5]', flush=True)")
+    assert reward.Pool(1, 100).grade("5", "5", 0.05) == [5]
+
+
 def test_an_interrupted_call_ends_its_process_and_frees_its_place(stand_in, started, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
