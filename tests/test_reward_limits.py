@@ -20,9 +20,12 @@ import os, sys
 class LatexExtractionConfig:
     def __init__(self, **settings): pass
 ExprExtractionConfig = LatexExtractionConfig
+parsed = []
 def verify(gold, answer, **settings):
     return gold == answer
 def parse(text, *args, **settings):
+    if "warm" in text and not parsed: raise KeyError
+    parsed.append(text)
     print("noise"); os.write(1, b"noise")
     for error in (MemoryError, RecursionError, ZeroDivisionError):
         if error.__name__ in text: raise error("told to")
@@ -252,6 +255,36 @@ def test_an_alarm_ends_the_process_at_the_limit_and_none_outlives_its_request(pr
     worker = pretended._idle[0]
     assert pretended.grade("hang", "5", 0.2) == {"score": 0.0, "error": "the process ended"}
     assert worker.process.returncode == -signal.SIGALRM
+
+
+def test_the_alarm_works_where_the_parent_ignores_it(pretended, started):
+    before = signal.signal(signal.SIGALRM, signal.SIG_IGN)  # a child inherits that
+    try:
+        assert pretended.grade("hang", "5", 0.2) == {"score": 0.0, "error": "the process ended"}
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert started[0].returncode == -signal.SIGALRM
+
+
+def test_the_first_request_finds_everything_imported(pretended):
+    assert pretended.grade("warm", "warm", 30.0) == {"score": 1.0}
+
+
+def test_platforms_without_limits_go_without(monkeypatch):
+    def refuse(which, limits):
+        asked.append((which, limits))
+        raise errors.pop()
+
+    import resource
+
+    asked, errors = [], [ValueError("above the hard limit"), OSError("not allowed")]
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    reward_worker._limit_memory(3)
+    reward_worker._limit_memory(3)
+    assert asked == [(resource.RLIMIT_AS, (3 * 2**20, 3 * 2**20))] * 2
+    monkeypatch.setitem(sys.modules, "resource", None)
+    reward_worker._limit_memory(3)
+    assert len(asked) == 2
 
 
 def test_memory_and_core_files_are_limited(pretended, started):
