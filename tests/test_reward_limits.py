@@ -20,9 +20,12 @@ import os, sys
 class LatexExtractionConfig:
     def __init__(self, **settings): pass
 ExprExtractionConfig = LatexExtractionConfig
+parsed = []
 def verify(gold, answer, **settings):
     return gold == answer
 def parse(text, *args, **settings):
+    if "warm" in text and not parsed: raise KeyError
+    parsed.append(text)
     print("noise"); os.write(1, b"noise")
     for error in (MemoryError, RecursionError, ZeroDivisionError):
         if error.__name__ in text: raise error("told to")
@@ -156,6 +159,22 @@ def test_a_process_that_fails_at_work_is_ended_told_and_replaced(work, why, stan
     assert pool.grade("5", "5", 30.0) == {"score": 1.0, "pid": started[1].pid}
 
 
+def test_the_limit_holds_while_a_process_reads_nothing(stand_in):
+    stand_in(GREETING + "time.sleep(5)")
+    reply = reward.Pool(1, 100).grade("a" * 10**6, "5", 0.05)  # more than a pipe holds
+    assert reply == {"score": 0.0, "error": "no answer within 1.05 s"}
+    stand_in(GREETING + "os.close(0); time.sleep(5)")
+    worker = reward._Worker(100)
+    time.sleep(0.3)
+    with pytest.raises(reward._Died, match=r"^the process ended$"):
+        worker.grade("a" * 10**6, "5", 0.05)
+
+
+def test_a_process_has_a_second_on_top_of_the_limit_to_end_itself(stand_in):
+    stand_in(f"{GREETING}\nfor line in sys.stdin:\n    time.sleep(0.3)\n    print('[5]', flush=True)")
+    assert reward.Pool(1, 100).grade("5", "5", 0.05) == [5]
+
+
 def test_an_interrupted_call_ends_its_process_and_frees_its_place(stand_in, started, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
@@ -236,6 +255,36 @@ def test_an_alarm_ends_the_process_at_the_limit_and_none_outlives_its_request(pr
     worker = pretended._idle[0]
     assert pretended.grade("hang", "5", 0.2) == {"score": 0.0, "error": "the process ended"}
     assert worker.process.returncode == -signal.SIGALRM
+
+
+def test_the_alarm_works_where_the_parent_ignores_it(pretended, started):
+    before = signal.signal(signal.SIGALRM, signal.SIG_IGN)  # a child inherits that
+    try:
+        assert pretended.grade("hang", "5", 0.2) == {"score": 0.0, "error": "the process ended"}
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert started[0].returncode == -signal.SIGALRM
+
+
+def test_the_first_request_finds_everything_imported(pretended):
+    assert pretended.grade("warm", "warm", 30.0) == {"score": 1.0}
+
+
+def test_platforms_without_limits_go_without(monkeypatch):
+    def refuse(which, limits):
+        asked.append((which, limits))
+        raise errors.pop()
+
+    import resource
+
+    asked, errors = [], [ValueError("above the hard limit"), OSError("not allowed")]
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    reward_worker._limit_memory(3)
+    reward_worker._limit_memory(3)
+    assert asked == [(resource.RLIMIT_AS, (3 * 2**20, 3 * 2**20))] * 2
+    monkeypatch.setitem(sys.modules, "resource", None)
+    reward_worker._limit_memory(3)
+    assert len(asked) == 2
 
 
 def test_memory_and_core_files_are_limited(pretended, started):

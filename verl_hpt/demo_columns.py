@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,10 +62,13 @@ def row_demos(row: Mapping, key: str, columns: DemoColumns | None = None) -> lis
 
 
 def _spread(cell: Any, count: int, name: str, column: str) -> list:
-    cell = plain(cell)
-    if cell is None or (isinstance(cell, list) and all(value is None for value in cell)):
+    kinds = set(map(type, cell)) if isinstance(cell, list) else set()
+    if not kinds or not kinds <= {float, int, type(None)}:  # plain already: thousands of numbers are looked at once
+        cell = plain(cell)
+        kinds = set(map(type, cell)) if isinstance(cell, list) else set()
+    if cell is None or (isinstance(cell, list) and kinds <= {type(None)}):
         return [None] * count
-    one = not isinstance(cell, list) or (name in PER_TOKEN and not any(isinstance(v, list) for v in cell))
+    one = not isinstance(cell, list) or (name in PER_TOKEN and list not in kinds)
     if one and count != 1:
         raise Unusable("bad_column", f"{column} has one value for {count} demonstrations")
     values = [cell] if one else cell
@@ -75,11 +77,15 @@ def _spread(cell: Any, count: int, name: str, column: str) -> list:
     return values
 
 
-def check_values(demo: Demo, columns: DemoColumns, encoded: EncodedDemo | None = None) -> None:
+def check_values(demo: Demo, columns: DemoColumns, encoded: EncodedDemo | None = None) -> dict[str, np.ndarray]:
     """Raise `Unusable("bad_column")` for a value that is not what its column holds.
 
     encoded: the demonstration's tokens, where known: per-token columns must have a value for each of them.
+
+    Returns:
+        The per-token columns that have values, as (tokens,) float64.
     """
+    of_tokens = {}
     for name, column in columns.named().items():
         value = demo.values.get(name)
         if value is None and name in REQUIRED:
@@ -90,20 +96,25 @@ def check_values(demo: Demo, columns: DemoColumns, encoded: EncodedDemo | None =
             if not isinstance(value, str):
                 raise Unusable("bad_column", f"{column} must hold text, got {str(value)[:80]}")
             continue
-        numbers = value if name in PER_TOKEN else [value]
-        if not isinstance(numbers, list) or not all(_finite(v) for v in numbers):
+        given = value if name in PER_TOKEN else [value]
+        numbers = _finite(given)
+        if numbers is None:
             raise Unusable("bad_column", f"{column} must hold finite numbers, got {str(value)[:80]}")
-        if name.endswith(("log_prob", "likelihood")) and any(v > ROUNDING for v in numbers):
-            raise Unusable("bad_column", f"{column} must hold log-probabilities, at most 0, got {max(numbers)}")
-        if name == "token_weights" and (any(v < 0 for v in numbers) or not any(numbers)):
+        if name.endswith(("log_prob", "likelihood")) and (numbers > ROUNDING).any():
+            raise Unusable("bad_column", f"{column} must hold log-probabilities, at most 0, got {max(given)}")
+        if name == "token_weights" and ((numbers < 0).any() or not numbers.any()):
             raise Unusable("bad_column", f"{column} must hold weights of 0 or more, and one above 0")
-        if encoded is None or name not in PER_TOKEN:
+        if name not in PER_TOKEN:
+            continue
+        of_tokens[name] = numbers
+        if encoded is None:
             continue
         if len(numbers) != len(encoded.ids):
             detail = f"{column} has {len(numbers)} values for {len(encoded.ids)} tokens, EOS included"
             raise Unusable("bad_column", detail)
-        if name == "token_weights" and not any(w and m for w, m in zip(numbers, encoded.mask, strict=True)):
+        if name == "token_weights" and not (numbers * np.frombuffer(bytes(encoded.mask), np.uint8)).any():
             raise Unusable("bad_column", f"{column} has no weight above 0 on what the assistant says")
+    return of_tokens
 
 
 def packed(rows: Sequence[dict], collate: Callable[[list[dict]], dict]) -> dict:
@@ -121,7 +132,9 @@ def unpacked(value: Any) -> Any:
 
 
 def _pack(value: Any) -> Any:
-    if not isinstance(value, list) or not any(isinstance(item, list | np.ndarray) for item in value):
+    if isinstance(value, str) and value.startswith(_PACKED):  # a dataset's own text, which is no JSON of ours
+        return _PACKED + json.dumps(value)
+    if not isinstance(value, list) or not any(issubclass(kind, list | np.ndarray) for kind in set(map(type, value))):
         return value
     try:
         np.array([value])
@@ -133,5 +146,14 @@ def _pack(value: Any) -> Any:
     return value
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _finite(values: Any) -> np.ndarray | None:
+    """A list's values as float64, or None where one of them is no finite number (a bool is none)."""
+    if not isinstance(values, list):
+        return None
+    if not all(issubclass(kind, int | float) and kind is not bool for kind in set(map(type, values))):
+        return None
+    try:
+        numbers = np.array(values, dtype=np.float64)
+    except OverflowError:  # an int of more than three hundred digits
+        return None
+    return numbers if np.isfinite(numbers).all() else None

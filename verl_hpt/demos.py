@@ -41,6 +41,7 @@ REASONS = {
     "bad_column": "a per-demonstration column does not fit the demonstrations",
 }
 
+_PLAIN = (str, bool, int, float, type(None))
 _CHARACTERS_A_TOKEN = 1024  # no vocabulary has longer tokens: a text above that many times the limit is not tokenised
 
 
@@ -72,14 +73,16 @@ def plain(value: Any) -> Any:
 
     A row read back from verl's queue or from Arrow has its lists as arrays, its messages' unused keys as None.
     """
-    if value is None or isinstance(value, str | bool | int | float):
+    if isinstance(value, _PLAIN):
         return value
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items() if v is not None}
     if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
+        # A column with a number a token has thousands: they are not walked through one by one.
+        simple = all(issubclass(kind, _PLAIN) for kind in set(map(type, value)))
+        return list(value) if simple else [plain(v) for v in value]
     if isinstance(value, np.ndarray | np.generic):
-        return plain(value.tolist())
+        return plain(value.tolist()) if value.dtype.kind in "OV" else value.tolist()
     if hasattr(value, "as_py"):  # pyarrow scalars
         return plain(value.as_py())
     if type(value).__name__ == "NonTensorData":

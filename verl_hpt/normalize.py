@@ -81,6 +81,7 @@ def relative(weights: np.ndarray, mask: np.ndarray) -> np.ndarray:
     Args:
         weights: (tokens,) at least 0, one above 0 where mask is 1. mask: (tokens,) 1 where the token learns.
     """
-    counted = np.asarray(weights, dtype=np.float64) * np.asarray(mask)
+    mask = np.asarray(mask)
+    counted = np.asarray(weights, dtype=np.float64) * mask
     counted /= counted.max()  # so that the sum of huge weights is finite
-    return counted * np.sum(mask) / counted.sum()
+    return counted * mask.sum() / counted.sum()

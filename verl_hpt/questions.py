@@ -177,8 +177,8 @@ class Reader:
 
     def _values(self, demo: Demo, encoded: demos.EncodedDemo) -> dict:
         """What the columns say of a demonstration, checked; raises `Unusable` for what does not fit or is missing."""
-        settings, values = self.settings, dict(demo.values)
-        check_values(demo, self.columns, encoded)
+        settings = self.settings
+        values = {**demo.values, **check_values(demo, self.columns, encoded)}
         reward = math.nan if settings.reward is None else settings.reward  # nan: `mixing.demo_scores` says
         given = {"place": demo.index, "content": demo.content, "reward": reward} | values
         if "teacher_log_prob" in given:

@@ -1,0 +1,504 @@
+"""Demonstrations and their columns at the edges: each message, each bound, each way through."""
+
+import json
+from collections import UserList
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from tiny_tokenizers import tiny
+
+from verl_hpt import demo_columns, demos
+from verl_hpt.demo_choice import SELECTORS, select, stable_hash
+from verl_hpt.demo_columns import Demo, DemoColumns, check_values, packed, row_demos, unpacked
+from verl_hpt.demos import EncodedDemo, Unusable, encode, plain
+
+EVERY = DemoColumns(*(f"the_{name}" for name in vars(DemoColumns())))
+THREE = EncodedDemo([5, 6, 7], [1, 0, 1])
+GOOD = {"reward": 1, "other_log_prob": -1.0, "teacher_log_prob": [-1.0, 0, 1e-3]}
+
+
+def complaint(values, columns=EVERY, encoded=THREE, index=0) -> str:
+    with pytest.raises(Unusable) as caught:
+        check_values(Demo("x", index, values), columns, encoded)
+    assert caught.value.reason == "bad_column"
+    assert str(caught.value) == f"{demos.REASONS['bad_column']} ({caught.value.detail})"
+    return caught.value.detail
+
+
+# --- columns ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["reward", "log_likelihood", "other_log_prob"])
+@pytest.mark.parametrize(
+    "bad", [float("nan"), float("inf"), -float("inf"), True, "1", [1.0], {"a": 1}, 10**400], ids=str
+)
+def test_a_number_is_finite_and_no_bool(name, bad):
+    assert complaint({**GOOD, name: bad}) == f"the_{name} must hold finite numbers, got {str(bad)[:80]}"
+
+
+@pytest.mark.parametrize("name", ["teacher_log_prob", "token_weights"])
+@pytest.mark.parametrize(
+    "bad", [[0.0, float("nan"), -1.0], [0, 0, float("inf")], [0, -1, True], [0, 0, False], [0, 0, "1"], [0, 0, None],
+            [[0.0], [0.0], [0.0]], 0.0, "000", [0, 0, 10**400], [-0.5] * 50 + ["x"]], ids=lambda v: str(v)[:30],
+)  # fmt: skip
+def test_numbers_of_tokens_are_finite_and_no_bools(name, bad):
+    assert complaint({**GOOD, name: bad}) == f"the_{name} must hold finite numbers, got {str(bad)[:80]}"
+
+
+def test_log_probs_are_at_most_rounding_above_0():
+    told = "must hold log-probabilities, at most 0, got"
+    assert demo_columns.ROUNDING == 1e-3
+    assert complaint({**GOOD, "log_likelihood": 0.00125}) == f"the_log_likelihood {told} 0.00125"
+    assert complaint({**GOOD, "other_log_prob": 1}) == f"the_other_log_prob {told} 1"
+    assert complaint({**GOOD, "teacher_log_prob": [0.5, 2, -1.0]}) == f"the_teacher_log_prob {told} 2"
+    check_values(Demo("x", 0, {**GOOD, "reward": 7, "log_likelihood": 1e-3, "other_log_prob": 1e-3}), EVERY, THREE)
+
+
+def test_weights_are_at_least_0_and_one_is_above_on_what_the_assistant_says():
+    told = "the_token_weights must hold weights of 0 or more, and one above 0"
+    assert complaint({**GOOD, "token_weights": [1.0, 2.0, -1e-9]}) == told
+    assert complaint({**GOOD, "token_weights": [0, 0.0, 0]}) == told
+    assert complaint({**GOOD, "token_weights": []}) == told
+    told = "the_token_weights has no weight above 0 on what the assistant says"
+    assert complaint({**GOOD, "token_weights": [0, 1.0, 0]}) == told
+    check_values(Demo("x", 0, {**GOOD, "token_weights": [0, 1.0, 0]}), EVERY)  # tokens not known
+
+
+@pytest.mark.parametrize(("name", "value"), [("token_weights", 1.0), ("teacher_log_prob", -1.0)])
+@pytest.mark.parametrize("count", [2, 4])
+def test_there_is_a_number_a_token_eos_included(name, value, count):
+    told = f"the_{name} has {count} values for 3 tokens, EOS included"
+    assert complaint({**GOOD, name: [value] * count}) == told
+    check_values(Demo("x", 0, {**GOOD, name: [value] * count}), EVERY)
+    check_values(Demo("x", 0, {**GOOD, name: [value] * 3}), EVERY, THREE)
+
+
+def test_no_log_prob_at_all_is_too_few():
+    told = "the_teacher_log_prob has 0 values for 3 tokens, EOS included"
+    assert complaint({**GOOD, "teacher_log_prob": []}) == told
+
+
+@pytest.mark.parametrize("name", ["reward", "other_log_prob", "teacher_log_prob"])
+def test_required_columns_have_a_value(name):
+    values = {key: value for key, value in GOOD.items() if key != name}
+    assert complaint(values, index=1) == f"the_{name} has no value for demonstration 2"
+    check_values(Demo("x", 0, {}), DemoColumns(log_likelihood="a", token_weights="b", source="c"), THREE)
+
+
+@pytest.mark.parametrize("bad", [3, ["x"], 0.0, True, b"y"], ids=str)
+def test_a_source_is_text(bad):
+    assert complaint({**GOOD, "source": bad}) == f"the_source must hold text, got {bad}"
+
+
+def test_a_long_value_is_told_in_eighty_characters():
+    assert complaint({**GOOD, "source": ["x" * 200]}) == f"the_source must hold text, got {str(['x' * 200])[:80]}"
+
+
+def test_what_is_checked_comes_back_as_arrays_of_tokens():
+    found = check_values(Demo("x", 0, {**GOOD, "token_weights": [1, 2.5, 0], "source": "s"}), EVERY, THREE)
+    assert {name: (column.dtype, column.tolist()) for name, column in found.items()} == {
+        "teacher_log_prob": (np.float64, [-1.0, 0.0, 1e-3]),
+        "token_weights": (np.float64, [1.0, 2.5, 0.0]),
+    }
+    assert check_values(Demo("x", 0, {"reward": 1.0}), DemoColumns(reward="r")) == {}
+
+
+@pytest.mark.parametrize("made", [list, tuple, np.array, torch.tensor, pa.scalar, UserList], ids=lambda m: m.__name__)
+def test_numbers_of_tokens_are_read_from_every_kind_of_list(made):
+    for row, expected in (
+        ({"target": "a", "w": made([1.0, 0.5])}, [[1.0, 0.5]]),
+        ({"target": ["a"], "w": [made([1.0, 0.5])]}, [[1.0, 0.5]]),
+        ({"target": ["a", "b"], "w": [made([1.0, 0.5]), made([2.0])]}, [[1.0, 0.5], [2.0]]),
+        ({"target": ["a", "b"], "w": [None, made([2.0])]}, [None, [2.0]]),
+    ):
+        found = [demo.values.get("token_weights") for demo in row_demos(row, "target", DemoColumns(token_weights="w"))]
+        assert found == expected and all(type(w) is list and set(map(type, w)) == {float} for w in found if w)
+
+
+@pytest.mark.parametrize(
+    ("cell", "name", "told"),
+    [
+        (1.0, "reward", "c has one value for 2 demonstrations"),
+        ("s", "source", "c has one value for 2 demonstrations"),
+        ([1.0, 2.0], "token_weights", "c has one value for 2 demonstrations"),
+        ([1.0], "reward", "c has 1 values for 2 demonstrations"),
+        ([1.0, 2.0, 3.0], "log_likelihood", "c has 3 values for 2 demonstrations"),
+        ([[1.0], [2.0], None], "teacher_log_prob", "c has 3 values for 2 demonstrations"),
+    ],
+)
+def test_a_column_has_a_value_for_each_demonstration(cell, name, told):
+    with pytest.raises(Unusable) as caught:
+        row_demos({"target": ["a", "b"], "c": cell}, "target", DemoColumns(**{name: "c"}))
+    assert (caught.value.reason, caught.value.detail) == ("bad_column", told)
+
+
+@pytest.mark.parametrize("cell", [None, [], [None], [None, None, None], np.array([None, None], dtype=object)], ids=str)
+@pytest.mark.parametrize("name", ["reward", "token_weights", "source"])
+def test_a_column_that_says_nothing_has_no_entry(cell, name):
+    found = row_demos({"target": ["a", "b"], "c": cell}, "target", DemoColumns(**{name: "c"}))
+    assert found == [Demo("a", 0, {}), Demo("b", 1, {})]
+    assert row_demos({"target": ["a", "b"]}, "target", DemoColumns(**{name: "c"})) == found
+
+
+def test_no_columns_and_no_demonstrations():
+    assert row_demos({"target": "a", "reward": 1.0}, "target") == [Demo("a", 0, {})]
+    assert row_demos({"target": None, "c": [1.0, 2.0]}, "target", DemoColumns(reward="c")) == []
+    assert DemoColumns().named() == {} and EVERY.named()["source"] == "the_source" and len(EVERY.named()) == 6
+
+
+def test_zero_is_a_value():
+    (demo,) = row_demos({"target": "a", "c": 0}, "target", DemoColumns(reward="c"))
+    assert demo.values == {"reward": 0}
+
+
+# --- through verl's batch ---------------------------------------------------------------------------------------------
+
+MARK = "verl-hpt packed: "
+TEXTS = [MARK, MARK + "5", MARK + '"a"', MARK + "{no json", MARK + "[1, 2", MARK * 2 + "[1]", MARK + "null", "\ud800"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda t: t,
+        np.str_,
+        lambda t: [t],
+        lambda t: [t, "b"],
+        lambda t: {"role": "assistant", "content": t},
+        lambda t: [{"role": "assistant", "content": t}],
+        lambda t: [[{"role": "assistant", "content": t}], [{"role": "assistant", "content": "b"}] * 3],
+        lambda t: [[t], ["a", t]],
+    ],
+    ids=["text", "numpy", "list", "two", "message", "messages", "turns", "uneven"],
+)
+def test_a_text_that_begins_with_our_mark_comes_back(text, around):
+    cell = around(text)
+    row = {"target": cell, "source": cell, "extra_info": {"text": cell}, "other": cell}
+    made = packed([row], collate=lambda rows: {name: [r[name] for r in rows] for name in rows[0]})
+    for name, expected in row.items():
+        value = np.array([made[name][0]] * 2)[1]  # what verl's agent loop does with a column
+        assert unpacked(plain(value)) == expected
+
+
+def test_only_uneven_lists_are_packed():
+    def pack(value):
+        return packed([{"c": value}], collate=lambda rows: rows[0])["c"]
+
+    for kept in ("text", None, 5, [1.0, 2.0], [[1.0], [2.0]], [], ["a", "bb"], {"a": [[1], []]}, ([1], [1, 2])):
+        assert pack(kept) is kept
+    strange = [[b"x"], [b"x", b"y"]]
+    assert pack(strange) is strange
+    assert pack([[1.0], [1.0, 2.0]]) == MARK + "[[1.0], [1.0, 2.0]]"
+    assert pack([np.array([1.0]), np.array([1, 2])]) == MARK + "[[1.0], [1, 2]]"
+    assert pack(MARK) == MARK + json.dumps(MARK)
+    assert unpacked(MARK[:-1]) == MARK[:-1] and unpacked(5) == 5
+
+
+# --- plain values -----------------------------------------------------------------------------------------------------
+
+
+class Wrapped:
+    def __init__(self, data):
+        self.data = data
+
+
+class NonTensorData(Wrapped):
+    """As tensordict's, known by its name."""
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ([1, 2.5, "a", None, True], [1, 2.5, "a", None, True]),
+        ((1, 2), [1, 2]),
+        ((1, (2, [3])), [1, [2, [3]]]),
+        ([np.int64(1), np.float32(0.5), np.bool_(True)], [1, 0.5, True]),
+        ([1, np.array([1, 2])], [1, [1, 2]]),
+        (np.array([[1, 2], [3, 4]]), [[1, 2], [3, 4]]),
+        (np.array(5), 5),
+        (np.array(["a", None, np.int64(3)], dtype=object), ["a", None, 3]),
+        (np.array([{"a": None, 1: np.array([2])}], dtype=object), [{"1": [2]}]),
+        (np.array([(1, "a")], dtype=[("n", int), ("t", "U1")]), [[1, "a"]]),
+        (np.array(["a", "bb"]), ["a", "bb"]),
+        (np.array([b"a"]), [b"a"]),
+        (pa.array([1.0, 2.0]).to_numpy(), [1.0, 2.0]),
+        (pa.scalar([1.0, None]), [1.0, None]),
+        ([pa.scalar(1), 2], [1, 2]),
+        (torch.tensor([1, 2]), [1, 2]),
+        (NonTensorData(np.array([1])), [1]),
+        (UserList([1, np.int64(2)]), [1, 2]),
+        (b"ab", b"ab"),
+        (bytearray(b"ab"), bytearray(b"ab")),
+        ({"a": (1, None), "b": None}, {"a": [1, None]}),
+    ],
+    ids=str,
+)
+def test_plain_values(value, expected):
+    def kinds(v):
+        return [kinds(x) for x in v] if isinstance(v, list) else type(v)
+
+    assert plain(value) == expected and kinds(plain(value)) == kinds(expected)
+
+
+def test_plain_lists_are_new_and_unknown_objects_stay():
+    given, other = [1.0, 2.0], object()
+    assert plain(given) == given and plain(given) is not given
+    assert plain(other) is other and plain([other]) == [other]
+    assert isinstance(plain([np.float64(1.0)])[0], float)
+
+
+# --- texts ------------------------------------------------------------------------------------------------------------
+
+
+def refused(demo, **kwargs) -> tuple[str, str]:
+    tokenizer = tiny("qwen2.5")
+    with pytest.raises(Unusable) as caught:
+        encode(demo, tokenizer, tokenizer.eos_token_id, **kwargs)
+    return caught.value.reason, caught.value.detail
+
+
+def say(content, **more):
+    return {"role": "assistant", "content": content, **more}
+
+
+def test_what_was_got_is_told():
+    user = {"role": "user", "content": "hi"}
+    for demo, why in (
+        (7, ("not_text", "got int")),
+        (["a", 5], ("not_text", "got a list of int, str")),
+        ([say(5)], ("not_text", "content is int")),
+        ([say([{"type": "image"}, "a"])], ("not_text", "content parts a list of dict, str")),
+        ([say([5])], ("not_text", "content parts a list of int")),
+        ("ab\ud800", ("not_text", "a lone surrogate at character 2")),
+        ([user, say("a")], ("bad_roles", "got user, assistant")),
+        ([say("a"), user], ("bad_roles", "got assistant, user")),
+        ([{"role": "x" * 300, "content": ""}], ("bad_roles", ("got " + "x" * 300)[:204])),
+        (
+            [say("a"), say("b")],
+            ("bad_roles", "two assistant messages in a row; several demonstrations are a list of lists"),
+        ),
+        ([], ("empty", "")),
+        (None, ("null", "")),
+    ):
+        assert refused(demo) == why
+
+
+def test_parts_of_text_are_joined_and_a_message_without_a_role_is_the_assistants():
+    assert demos.message_text(say(["a", {"type": "text", "text": "b"}, "c"])) == "abc"
+    assert demos.single_text([{"content": "a"}]) == "a" and demos.single_text("a") == "a"
+    assert demos.message_text(say(None, tool_calls=[{}])) == ""
+    assert demos.single_text([say("a", tool_calls=[{}])]) is None
+
+
+def test_reasoning_goes_before_the_answer_once():
+    assert demos.message_text(say("a", reasoning_content=" r ")) == "<think>\nr\n</think>\n\na"
+    for unchanged in (say("a", reasoning_content=" "), say("a", reasoning_content=5), say("x</think>a")):
+        assert demos.message_text(unchanged) == unchanged["content"]
+    assert demos.message_text(say("x</think>a", reasoning_content="r")) == "x</think>a"
+
+
+@pytest.mark.parametrize(
+    ("text", "ends", "tail", "expected"),
+    [
+        (" a ", ["<e>"], None, " a "),
+        (" a <e> \n", ["<e>"], None, " a "),
+        ("a<e><f><e>", ["<e>", "<f>"], None, "a"),
+        ("a<e>b", ["<e>"], None, "a<e>b"),
+        ("a", [""], None, "a"),
+        ("<think>a", [], None, "<think>a"),
+        (" <think>\na", [], "\n", "a"),
+        ("<think>a", [], "\n", "a"),
+        ("<think>\n\na", [], "\n", "\na"),
+        ("b<think>a", [], "", "b<think>a"),
+        (" a", [], "\n", " a"),
+    ],
+)
+def test_cleaned_texts(text, ends, tail, expected):
+    assert demos.clean_text(text, ends, tail) == expected
+
+
+@pytest.mark.parametrize(("text", "tail"), [("<think>", ""), ("<think>\n", "\n"), ("<e>", None), (" ", None)])
+def test_nothing_left_is_empty(text, tail):
+    with pytest.raises(Unusable) as caught:
+        demos.clean_text(text, ["<e>"], tail)
+    assert caught.value.reason == "empty"
+
+
+class Names:
+    """A tokenizer that only knows what its tokens look like."""
+
+    eos_token_id = 2
+
+    def convert_ids_to_tokens(self, token):
+        return {1: "<b>", 2: "<e>", 3: "e!", 4: None}[token]
+
+    def decode(self, ids, skip_special_tokens):
+        assert skip_special_tokens is False
+        return "".join(map(chr, ids))
+
+
+def test_what_eos_looks_like():
+    assert demos.eos_texts(Names(), 2) == ["<e>"] and demos.eos_texts(Names(), 1) == ["<b>", "<e>"]
+    assert demos.eos_texts(Names(), 3) == ["<e>"]  # two characters may be an answer's own end
+    assert demos.eos_texts(Names(), 4) == ["<e>"]
+    none = Names()
+    none.eos_token_id = None
+    assert demos.eos_texts(none, 1) == ["<b>"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tail"),
+    [
+        ("x<think>", ""),
+        ("x<think>\n", "\n"),
+        ("x<think>" + "\n" * 9, "\n" * 9),
+        ("<think>" + "\n" * 10, None),  # looked for among the last sixteen tokens
+        ("<think>a", None),
+        ("<think></think>", None),
+        ("abc", None),
+        ("", None),
+    ],
+)
+def test_an_open_reasoning_tag_at_the_prompts_end(prompt, tail):
+    assert demos.open_think([ord(letter) for letter in prompt], Names()) == tail
+    assert demos.open_think(np.array([ord(letter) for letter in prompt], dtype=int), Names()) == tail
+
+
+def test_without_a_prompt_no_tag_is_open():
+    assert demos.open_think(None, Names()) is None
+
+
+def test_finished_tokens():
+    assert demos.finish([5, 6], 2, 3) == [5, 6, 2] and demos.finish(np.array([5]), 2, None) == [5, 2]
+    for ids, limit, why in (
+        ([5, 2, 6], None, ("eos_inside", "token 1 of 4")),
+        ([5, 6], 2, ("too_long", "3 tokens, limit 2")),
+    ):
+        with pytest.raises(Unusable) as caught:
+            demos.finish(ids, 2, limit)
+        assert (caught.value.reason, caught.value.detail) == why
+
+
+def test_a_hopelessly_long_text_is_not_tokenised():
+    demos.bound_characters("a" * 2048, 2)
+    demos.bound_characters("a" * 10**5, None)
+    with pytest.raises(Unusable) as caught:
+        demos.bound_characters("a" * 2049, 2)
+    assert (caught.value.reason, caught.value.detail) == ("too_long", "2049 characters, limit 2 tokens")
+
+
+def test_an_unclosed_reasoning_tag_is_a_warning():
+    assert demos.think_warnings("a", "") == ("think_unclosed",)
+    assert demos.think_warnings("a</think>", "") == demos.think_warnings("a", None) == ()
+
+
+# --- several turns ----------------------------------------------------------------------------------------------------
+
+
+def call(name="add", arguments='{"a": 1}', **more):
+    return {"id": "1", "function": {"name": name, "arguments": arguments, **more}}
+
+
+def turns(first=None, last="It is 4."):
+    return [first or say("Hm.", tool_calls=[call()]), {"role": "tool", "content": "4"}, say(last)]
+
+
+def test_tool_calls_are_told_of_by_name():
+    for calls, why in (
+        ([{"id": "1"}], "a tool call needs a function with a name"),
+        (["add"], "a tool call needs a function with a name"),
+        ([call(name=5)], "a tool call needs a function with a name"),
+        ([call(arguments="{" * 80)], f"a tool call's arguments are no JSON: {'{' * 60!r}"),
+    ):
+        assert refused(turns(say("x", tool_calls=calls))) == ("not_text", why)
+
+
+def test_a_tool_call_may_be_bare_and_its_arguments_a_dict():
+    tokenizer = tiny("qwen2.5")
+    expected = encode(turns(), tokenizer, tokenizer.eos_token_id)
+    for same in ({"name": "add", "arguments": {"a": 1}}, call(arguments={"a": 1})):
+        assert encode(turns(say("Hm.", tool_calls=[same])), tokenizer, tokenizer.eos_token_id) == expected
+    no_arguments = {"function": {"name": "add"}}
+    assert encode(turns(say("Hm.", tool_calls=[no_arguments])), tokenizer, tokenizer.eos_token_id) == encode(
+        turns(say("Hm.", tool_calls=[call(arguments={})])), tokenizer, tokenizer.eos_token_id
+    )
+
+
+def test_turns_are_bounded_and_may_not_be_empty():
+    tokenizer = tiny("qwen2.5")
+    length = len(encode(turns(), tokenizer, tokenizer.eos_token_id).ids)
+    assert len(encode(turns(), tokenizer, tokenizer.eos_token_id, max_length=length).ids) == length
+    assert refused(turns(), max_length=length - 1) == ("too_long", f"more than {length - 1} tokens at turn 3")
+    assert refused(turns(), max_length=3)[1] == "more than 3 tokens at turn 1"
+    assert refused(turns(say("a"), "b<|im_end|>c")) == ("eos_inside", "the last turn has text after EOS")
+    assert refused([say(5), {"role": "tool", "content": "4"}, say("a")]) == ("not_text", "content is int")
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{{ raise_exception('no tools') }}", "TemplateError: no tools"),
+        ("{{ messages | length }}", "the text before turn 1 is not what a rollout is given there"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "'<|im_end|>' does not end turn 1"),
+        (
+            "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}",
+            "it leaves out the call of tool 'add' in turn 1",
+        ),
+    ],
+)
+def test_templates_that_cannot_say_what_is_the_assistants(template, why, monkeypatch):
+    monkeypatch.setattr(tiny("qwen2.5"), "chat_template", template)
+    assert refused(turns()) == ("template", why)
+
+
+def test_what_a_template_says_wrong_is_told_in_two_hundred_characters(monkeypatch):
+    monkeypatch.setattr(tiny("qwen2.5"), "chat_template", "{{ raise_exception('x' * 300) }}")
+    assert refused(turns()) == ("template", ("TemplateError: " + "x" * 300)[:200])
+
+
+# --- which one --------------------------------------------------------------------------------------------------------
+
+
+def test_the_hash_is_the_same_for_ever():
+    assert stable_hash() == 0xE4A6A0577479B2B4 and stable_hash("a", 1) == stable_hash("a\x1f1") != stable_hash("a1")
+    assert stable_hash("\ud800") < 2**64
+
+
+def test_choices_are_the_same_for_ever():
+    """What a run's history and a resumed run rely on."""
+    demos_of = list("abcdefg")
+    picked = [select(demos_of, "random", 3, seed=1, draw=d, question_key="q") for d in range(4)]
+    assert picked == [[3, 5, 6], [1, 2, 3], [0, 5, 6], [0, 4, 6]]
+    turns_of = [select(demos_of, "round_robin", 3, seed=1, draw=d, question_key="q") for d in range(3)]
+    start = stable_hash(1, "q") % 7
+    assert turns_of == [[(start + 3 * d + i) % 7 for i in range(3)] for d in range(3)]
+    assert select(demos_of, "unseen_first", 7, seed=1, question_key="q") == sorted(
+        range(7), key=lambda i: stable_hash(1, "q", 0, i)
+    )
+
+
+def test_defaults_and_bounds_of_a_choice():
+    assert select("ab") == [0] and select("ab", k=0) == [] and select("ab", k=-1) == [] and select("", "random") == []
+    assert select(["bb", "a"], "shortest") == [1] and select([["x"], "aaaaaa"], "shortest") == [0]
+    assert select("abc", "shortest", 3, lengths=[2, 1, 1]) == [1, 2, 0]
+    assert select("abc", "likelihood", 3, log_likelihoods=[-2.0, -1.0, -1.0]) == [1, 2, 0]
+    assert select("abc", "likelihood", 2, log_likelihoods=[None, float("nan"), -9.0]) == [2, 0]
+    assert select("abc", "unseen_first", 2, seen=[9, 0, 4].__getitem__) == [1, 2]
+    assert select("abc", "unseen_first", 2, seen={0: 1, 1: None, 2: 3}) == [1, 0]
+    assert SELECTORS == ("first", "random", "round_robin", "shortest", "likelihood", "unseen_first")
+
+
+def test_what_a_choice_lacks_is_told():
+    for given, got in ((None, "none"), ([-1.0], "1")):
+        with pytest.raises(ValueError) as caught:
+            select("ab", "likelihood", log_likelihoods=given)
+        told = f"demo.select=likelihood needs a mean log-prob for each of 2 demonstrations, got {got}"
+        assert str(caught.value) == told
+    with pytest.raises(ValueError) as caught:
+        select("", "best")
+    assert str(caught.value) == (
+        "demo.select is 'best'; choose from first, random, round_robin, shortest, likelihood, unseen_first"
+    )
