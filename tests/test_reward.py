@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -139,26 +138,16 @@ def test_hostile_expressions_cost_at_most_the_limit_and_never_the_run():
     """In threads, as verl calls it, where an alarm cannot be set; then the pool still grades."""
     assert score("math", "\\boxed{1}", "1.0", timeout=30.0) == 1.0  # the processes are up
 
-    def one(solution):
-        start = time.monotonic()
-        result = reward.compute_score("math", solution, "5", timeout=LIMIT)
-        return result, time.monotonic() - start
-
     with ThreadPoolExecutor(2) as threads:
-        results = list(threads.map(one, HOSTILE))
-    for result, _ in results:
-        assert result == {"score": 0.0, "acc": 0.0, "grading_failed": 1.0}
-    # Two threads, two processes: nobody waits for a free one; starting another takes seconds on a busy machine.
-    assert all(seconds < LIMIT + 1.0 + 15.0 for _, seconds in results)
+        results = list(threads.map(lambda text: reward.compute_score("math", text, "5", timeout=LIMIT), HOSTILE))
+    assert results == [{"score": 0.0, "acc": 0.0, "grading_failed": 1.0}] * len(HOSTILE)
     assert score("math", "\\boxed{\\frac{2}{4}}", "0.5", timeout=30.0) == 1.0
 
 
 def test_limit_holds_once_a_process_is_up():
     pool = reward.Pool(1, 2048)
     pool.grade("\\boxed{1}", "1", 30.0)
-    start = time.monotonic()
-    reply = pool.grade("9**9**9**9", "5", 1.0)
-    assert time.monotonic() - start < 1.0 + 1.0 + 1.0
+    reply = pool.grade("9**9**9**9", "5", 1.0)  # without a limit it would take longer than the universe has
     assert reply["score"] == 0.0 and reply["error"]
     pool.close()
 
@@ -191,10 +180,11 @@ def test_many_threads_share_few_processes():
     assert len(reward.pool()._idle) <= reward.WORKERS
 
 
-def test_many_open_boxes_are_searched_in_bounded_time():
-    start = time.monotonic()
+def test_so_many_open_boxes_are_passed_over_and_no_more():
+    """A text of nothing else must not cost its length squared: the box before them is out of reach."""
     assert reward.last_boxed("\\boxed{" * 100_000) is None
-    assert time.monotonic() - start < 2.0
+    within = "\\boxed{1} " + "\\boxed{" * (reward._BOX_TRIES - 1)
+    assert reward.last_boxed(within) == "1" and reward.last_boxed(within + "\\boxed{") is None
 
 
 def test_works_when_imported_by_path_in_a_thread():
