@@ -2,6 +2,7 @@
 
 import json
 from collections import UserList
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,9 @@ from verl_hpt import demo_columns, demos
 from verl_hpt.demo_choice import SELECTORS, select, stable_hash
 from verl_hpt.demo_columns import Demo, DemoColumns, check_values, packed, row_demos, unpacked
 from verl_hpt.demos import EncodedDemo, Unusable, encode, plain
+from verl_hpt.loss import TEACHER, WEIGHTS
+from verl_hpt.normalize import relative
+from verl_hpt.run import Run
 
 EVERY = DemoColumns(*(f"the_{name}" for name in vars(DemoColumns())))
 THREE = EncodedDemo([5, 6, 7], [1, 0, 1])
@@ -151,6 +155,22 @@ def test_no_columns_and_no_demonstrations():
 def test_zero_is_a_value():
     (demo,) = row_demos({"target": "a", "c": 0}, "target", DemoColumns(reward="c"))
     assert demo.values == {"reward": 0}
+
+
+@pytest.mark.parametrize("made", [list, np.array, torch.tensor], ids=lambda made: made.__name__)
+def test_relative_weights_and_their_tensors(made):
+    mask = made([1, 0, 1])
+    assert relative(made([1.0, 9.0, 3.0]), mask).tolist() == [0.5, 0.0, 1.5]
+    assert relative([1e308, 1e308, 1e308], mask).tolist() == [1.0, 0.0, 1.0]
+    run = SimpleNamespace(token_columns=("token_weights", "teacher_log_prob"))
+    rows = [{"token_weights": made([0.5, 1.5])}, None, {"teacher_log_prob": made([-1.0])}]
+    marks = Run.token_marks(run, [2, 3, 1], rows)
+    assert {name: [row.tolist() for row in column.unbind()] for name, column in marks.items()} == {
+        WEIGHTS: [[0.5, 1.5], [1.0] * 3, [1.0]],
+        TEACHER: [[0.0, 0.0], [0.0] * 3, [-1.0]],
+    }
+    assert {column.dtype for column in marks.values()} == {torch.float32}
+    assert Run.token_marks(run, [], []) == Run.token_marks(SimpleNamespace(token_columns=()), [1], [None]) == {}
 
 
 # --- through verl's batch ---------------------------------------------------------------------------------------------

@@ -119,6 +119,7 @@ def test_the_search_for_a_box_is_bounded():
         ("\\boxed{1}+\\boxed{2}", "\\boxed{1}+\\boxed{2}"),
         ("\\boxed{1}{2}", "\\boxed{1}{2}"),
         ("\\fbox{5}", "\\fbox{5}"),
+        ("a\\fbox{5}", "a\\fbox{5}"),
         ("x \\boxed{5}", "x \\boxed{5}"),
         ("\\boxed{5", "\\boxed{5"),
     ],

@@ -159,10 +159,11 @@ def test_a_process_that_fails_at_work_is_ended_told_and_replaced(work, why, stan
     assert pool.grade("5", "5", 30.0) == {"score": 1.0, "pid": started[1].pid}
 
 
-def test_the_limit_holds_while_a_process_reads_nothing(stand_in):
-    stand_in(GREETING + "time.sleep(5)")
+def test_the_limit_holds_while_a_process_reads_nothing(stand_in, started):
+    stand_in(GREETING + "time.sleep(20)")
     reply = reward.Pool(1, 100).grade("a" * 10**6, "5", 0.05)  # more than a pipe holds
     assert reply == {"score": 0.0, "error": "no answer within 1.05 s"}
+    assert started[0].returncode == -signal.SIGKILL  # it has not come to its own end
     stand_in(GREETING + "os.close(0); time.sleep(5)")
     worker = reward._Worker(100)
     time.sleep(0.3)
