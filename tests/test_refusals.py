@@ -181,6 +181,10 @@ def test_a_critic_has_no_value_of_a_demonstration_in_the_group():
     start(of("critic in the group"), "++hpt.compose.rollouts=grpo")
 
 
+def test_a_method_without_demonstrations_leaves_their_columns_unread():
+    start("++hpt.method=grpo", "++hpt.demo.likelihood_of=policy", "++hpt.demo.log_likelihood=l")
+
+
 @pytest.mark.parametrize("node", ["5", "[1]", "text"])
 def test_a_node_that_is_no_mapping_is_refused(node):
     assert "must be a mapping with keys method" in refused(f"++hpt={node}")
