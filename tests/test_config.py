@@ -412,6 +412,8 @@ def test_a_term_of_each_kind_at_most_and_a_place_that_fits():
         Method("mine", None, (s,), when="gate")
     with pytest.raises(ValueError, match="a member of the group stands always, beside rollouts"):
         of(r, when="gate", place="group")
+    with pytest.raises(ValueError, match=r"'mine' imitates its own rollouts \(when='own'\) and needs an S term"):
+        Method("mine", None, (r,), when="own")
     assert of(s).term("R") is None and of(r).term("S") is None
 
 
