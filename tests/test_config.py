@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import sys
 
 import pytest
 
@@ -12,6 +13,7 @@ from verl_hpt.errors import UserError
 from verl_hpt.estimator import METHODS, Estimator, Method, Term
 from verl_hpt.gate import decide
 from verl_hpt.parts import RANGES, Constants
+from verl_hpt.typed import WRONG, build
 
 
 def test_defaults_are_the_documented_ones():
@@ -196,7 +198,7 @@ def test_a_misspelt_name_gets_the_nearest_one(node, near):
     assert "did you mean" not in problems({"zzzz": 1})[0]
 
 
-WRONG = {
+UNFIT = {
     "number": ["x", "1.0", True, math.nan, math.inf, -math.inf, [1], {"a": 1}, 10**400],
     "whole number": ["1", True, 1.5, math.nan, [1], {"a": 1}],
     "text": [5, True, ["a"], {"a": "b"}, 1.5],
@@ -232,7 +234,7 @@ KEYS = {
     "compose": ["mapping"],
     "modules": ["list"],
 }
-HOSTILE = [(key, value) for key, kinds in KEYS.items() for kind in kinds for value in WRONG[kind]] + [
+HOSTILE = [(key, value) for key, kinds in KEYS.items() for kind in kinds for value in UNFIT[kind]] + [
     ("gate.threshold", {"start": math.nan, "end": 0, "steps": 5}),
     ("gate.threshold", {"start": 0, "end": math.inf, "steps": 5}),
     ("gate.off", {"start": 0, "end": 0, "steps": 1.5}),
@@ -275,6 +277,23 @@ def test_no_node_is_the_defaults_and_null_is_not_a_mapping():
     assert problems({"gate": None}) == [
         "hpt.gate=None: must be a mapping with keys " + ", ".join(f.name for f in dataclasses.fields(config.Gate))
     ]
+
+
+def test_a_value_is_of_its_type_and_nothing_else():
+    told = []
+    assert build(bool, True, "a", told) is True and build(int, 3, "a", told) == 3 and build(str, "", "a", told) == ""
+    assert build(float, sys.float_info.max, "a", told) == sys.float_info.max and not told
+    for kind, value in ((bool, 1), (bool, "true"), (int, True), (str, 1), (float, True), (float, -math.inf)):
+        assert build(kind, value, "a", told) is WRONG
+    assert told == [
+        "a=1: must be true or false, got int",
+        "a='true': must be true or false, got str",
+        "a=True: must be a whole number, got bool",
+        "a=1: must be text, got int",
+        "a=True: must be a number, got bool",
+        "a=-inf: must be a number that is finite",
+    ]
+    assert problems({"history": {"early_gate": {}}}) == ["hpt.history.early_gate: needs after_failures; got nothing"]
 
 
 def test_numbers_at_the_edge_are_taken():
@@ -393,6 +412,8 @@ def test_a_term_of_each_kind_at_most_and_a_place_that_fits():
         Method("mine", None, (s,), when="gate")
     with pytest.raises(ValueError, match="a member of the group stands always, beside rollouts"):
         of(r, when="gate", place="group")
+    with pytest.raises(ValueError, match=r"'mine' imitates its own rollouts \(when='own'\) and needs an S term"):
+        Method("mine", None, (r,), when="own")
     assert of(s).term("R") is None and of(r).term("S") is None
 
 

@@ -50,6 +50,10 @@ def refused(*overrides: str, **has) -> str:
          f"{ACTOR}.clip_ratio_high=0"),
         (f"{ACTOR}.clip_ratio_high=much", f"{ACTOR}.clip_ratio_high=much: must be a number at least 0",
          f"{ACTOR}.clip_ratio_high=1e9"),
+        (f"{ACTOR}.clip_ratio_high=inf", f"{ACTOR}.clip_ratio_high=inf: must be a number at least 0",
+         f"{ACTOR}.clip_ratio_high=1e9"),
+        (f"{ACTOR}.clip_ratio_high=True", f"{ACTOR}.clip_ratio_high=True: must be a number at least 0",
+         f"{ACTOR}.clip_ratio_high=1"),
         (f"{ACTOR}.clip_ratio_c=1.0", f"{ACTOR}.clip_ratio_c=1.0: must be a number above 1: verl asserts it",
          f"{ACTOR}.clip_ratio_c=1.1"),
         (f"{ACTOR}.clip_ratio_c=null", f"{ACTOR}.clip_ratio_c=null: must be a number above 1",
@@ -178,6 +182,14 @@ def test_a_critic_has_no_value_of_a_demonstration_in_the_group():
     text = refused(of("critic in the group"), critic=True)
     assert "takes Â from a critic, and a demonstration in the group has no value estimate" in text
     start(of("critic in the group"), "++hpt.compose.rollouts=grpo")
+
+
+def test_a_model_that_is_not_asked_for_likelihoods_is_not_needed_for_them():
+    assert "needs verl's reference model" not in refused("++hpt.demo.likelihood_of=reference")
+
+
+def test_a_method_without_demonstrations_leaves_their_columns_unread():
+    start("++hpt.method=grpo", "++hpt.demo.likelihood_of=policy", "++hpt.demo.log_likelihood=l")
 
 
 @pytest.mark.parametrize("node", ["5", "[1]", "text"])

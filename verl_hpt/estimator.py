@@ -162,6 +162,10 @@ class Method:
             )
         if self.rollouts is None and self.when not in ("always", "own"):
             raise ValueError(f"method {self.name!r} has nothing for rollouts: demonstrations must stand always")
+        if self.when == "own" and self.term("S") is None:
+            raise ValueError(
+                f"method {self.name!r} imitates its own rollouts (when='own') and needs an S term for that"
+            )
         if self.normalization not in NORMALIZATIONS:
             raise ValueError(
                 f"method {self.name!r}: unknown normalization {self.normalization!r}; one of "

@@ -114,7 +114,7 @@ def _method(config, settings: Settings, method: Method, has_reference: bool, has
         yield from _columns(settings.demo, method, has_reference)
     if method.rollouts is not None and "teacher_log_prob" in method.rollouts.needs:
         yield f"method {method.name} takes the teacher as reference on rollouts, which have none; use old or current"
-    own_rollouts = method.s_estimator.needs if method.when == "own" and method.s_estimator is not None else frozenset()
+    own_rollouts = method.s_estimator.needs if method.when == "own" else frozenset()
     for name in sorted(own_rollouts & {"teacher_log_prob", "other_log_prob"}):
         yield f"method {method.name} imitates its own rollouts too (when: own), and these have no {name}"
     correction = (config.algorithm.get("rollout_correction") or {}).get("rollout_is")

@@ -85,7 +85,7 @@ def _could_be(kind: Any, value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return origin is list
     if isinstance(value, str):
-        return kind is str or origin is Literal
+        return kind is str
     return kind in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
