@@ -668,7 +668,7 @@ class Checkpointed(Workers):
     def save_checkpoint(self, path, *_, **__):
         folder = Path(path).parent
         marker = folder.parent / "latest_checkpointed_iteration.txt"
-        self.found = (os.listdir(folder), marker.exists())
+        self.found = (sorted(os.listdir(folder)), marker.exists())
 
     def load_checkpoint(self, **_):
         pass
