@@ -224,7 +224,7 @@ def test_a_recipe_composes_and_passes_every_check(model, method, bench, base):
             0.001, False, 0.2, 0.28)  # fmt: skip
         assert rollout.max_model_len >= run.data.max_prompt_length + run.data.max_response_length
         if stage != "grpo":
-            assert settings_of(run).method == stage
+            assert settings_of(run).method == stage and settings_of(run).gate.finished
 
 
 @pytest.mark.filterwarnings("ignore:Disabled critic")
@@ -236,6 +236,7 @@ def test_the_published_codes_behaviour_by_one_switch(model, method, bench, base)
     run = check(call, base)
     settings, actor = settings_of(run), run.actor_rollout_ref.actor
     assert settings.normalization == "official" and actor.entropy_coeff == 0.001
+    assert settings.gate.finished is False and settings.rollouts.truncated == "keep"
     if method == "hpt":
         assert settings.demo_coef == (4.8 if "1.5b" in model else 16)
     log_prob = torch.tensor([[-60.0, -30.0, -1.0, -0.1, 0.0]])
