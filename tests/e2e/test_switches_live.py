@@ -22,6 +22,7 @@ OVERRIDES = [
     "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=6",
     "actor_rollout_ref.rollout.calculate_log_probs=True",
     "algorithm.rollout_correction.rollout_is=token",
+    "actor_rollout_ref.rollout.dtype=bfloat16",  # else the weights of rollout correction are 1 up to 1e-6
     f"++hpt.rl_length_scale={SCALE}",
     f"++hpt.demo_coef={COEF}",
     "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra]",
@@ -56,7 +57,7 @@ def test_kl_in_the_reward_rollout_correction_and_length_scale_reach_every_token(
             weight = advantage / (len(questions) * len(group) * SCALE)
             assert gradient == pytest.approx([-weight * w for w in trust], rel=2e-3, abs=1e-7)
             penalised += abs(returns[at] - sum(verl["rm_scores"][at])) > 1e-4
-            weighted += any(abs(w - 1) > 1e-6 for w in trust)
+            weighted += any(abs(w - 1) > 1e-4 for w in trust)
     assert penalised and weighted and demonstrations, (penalised, weighted, demonstrations)
 
     # The same run, started again from a checkpoint that is named by its path.
