@@ -21,6 +21,9 @@ def test_defaults_are_the_documented_ones():
     assert (settings.method, settings.normalization, settings.demo_coef) == ("hpt", None, 0.1)
     assert (settings.gate.threshold, settings.gate.count, settings.gate.success) == (0.0, None, 1.0)
     assert (settings.demo.key, settings.demo.on_unusable) == ("target", "keep")
+    assert (settings.demo.per_question, settings.demo.select, settings.demo.reward) == (1, "first", None)
+    assert (settings.history.cooldown, settings.history.retire_after, settings.seed) == (0, None, 0)
+    assert config.EarlyGate(3).rollouts == 1 and config.Compose().rollouts == "dr_grpo"
     assert load(config.defaults()) == settings
 
 
@@ -129,7 +132,7 @@ def test_a_sources_gate_starts_from_the_general_one():
 
 def test_schedules_move_from_start_to_end_and_stay():
     linear = Schedule(0.5, 0.0, 100)
-    assert [linear.at(s) for s in (0, 50, 100, 500)] == [0.5, 0.25, 0.0, 0.0]
+    assert [linear.at(s) for s in (0, 25, 50, 100, 500)] == [0.5, 0.375, 0.25, 0.0, 0.0]
     cosine = Schedule(1.0, 0.0, 100, "cosine")
     assert [round(cosine.at(s), 6) for s in (0, 50, 100)] == [1.0, 0.5, 0.0] and cosine.at(25) > 0.8
 
@@ -235,6 +238,7 @@ KEYS = {
     "modules": ["list"],
 }
 HOSTILE = [(key, value) for key, kinds in KEYS.items() for kind in kinds for value in UNFIT[kind]] + [
+    ("gate", 5),
     ("gate.threshold", {"start": math.nan, "end": 0, "steps": 5}),
     ("gate.threshold", {"start": 0, "end": math.inf, "steps": 5}),
     ("gate.off", {"start": 0, "end": 0, "steps": 1.5}),
@@ -428,6 +432,35 @@ def test_the_off_zone_is_the_methods_own_r_term_or_the_published_one():
     of_source = {"method": "hpt_mix_on", "per_source": {"a": {"gate": {"off": 0.5}}}}
     assert resolve_method(load(of_source)).off_zone is METHODS["hpt_mix_on"].term("R")
     assert resolve_method(load({})).off_zone is None
+
+
+def test_the_clip_range_is_clip_ratio_where_a_bound_is_null():
+    actor = {"clip_ratio": 0.3, "clip_ratio_low": None, "clip_ratio_high": 0.28, "clip_ratio_c": 9.0}
+    assert config.clips(actor) == {"clip_low": 0.3, "clip_high": 0.28, "clip_c": 9.0}
+    assert config.clips({**actor, "clip_ratio_low": 0.0, "clip_ratio_high": None}) == {
+        "clip_low": 0.0, "clip_high": 0.3, "clip_c": 9.0
+    }  # fmt: skip
+
+
+def test_a_gate_that_fits_its_method_is_taken():
+    table = [[0, 0, 1], [1, 0, 0]]
+    settings = load({"method": "hpt_soft", "gate": {"soft": table}})
+    assert resolve_method(settings) is METHODS["hpt_soft"]
+    assert settings.gate.at(0).soft == ((0.0, 0.0, 1.0), (1.0, 0.0, 0.0))
+    assert resolve_method(load({"gate": {"function": "linear"}})) is METHODS["hpt"]
+    with pytest.raises(UserError, match=r"hpt\.gate=5: must be a mapping"):
+        load({"gate": 5, "per_source": {"a": {"gate": {"count": 1}}}})
+
+
+def test_likelihoods_of_a_model_need_no_column():
+    for model in ("policy", "reference"):
+        assert load({"demo": {"select": "likelihood", "likelihood_of": model}}).demo.log_likelihood is None
+    assert load({"demo": {"select": "likelihood", "log_likelihood": "l"}}).demo.log_likelihood == "l"
+
+
+def test_a_composed_method_may_train_on_demonstrations_alone():
+    method = resolve_method(load({"compose": {"rollouts": None, "demos": [{"kind": "S"}], "when": "always"}}))
+    assert method.rollouts is None and method.demos == (Term("S", Estimator(advantage=parts.unit)),)
 
 
 def test_the_constants_are_verls_clip_range_and_the_options():
