@@ -11,7 +11,7 @@ from verl_hpt import config, parts
 from verl_hpt.config import Schedule, load, resolve_method
 from verl_hpt.errors import UserError
 from verl_hpt.estimator import METHODS, Estimator, Method, Term
-from verl_hpt.gate import decide
+from verl_hpt.gate import GATES, Decision, decide
 from verl_hpt.parts import RANGES, Constants
 from verl_hpt.typed import WRONG, build
 
@@ -53,6 +53,10 @@ def test_defaults_are_the_documented_ones():
         ),
         ({"gate": {"off": {"start": 1, "end": 0, "steps": 0}}}, r"hpt\.gate\.off\.steps=0: must be at least 1"),
         ({"gate": {"soft": [[0, 0, 1]]}}, r"hpt\.gate\.soft=.*: must be a table of at least two rows"),
+        (
+            {"gate": {"soft": [[0, 0], [1, 0]]}},
+            r"hpt\.gate\.soft=.*: must be a table of at least two rows \(on, off, sft\)",
+        ),
         ({"gate": {"soft": [[0, 0, 1], [1, 0, -1]]}}, r"hpt\.gate\.soft=.*none negative"),
         ({"demo": {"per_question": 0}}, r"hpt\.demo\.per_question=0: must be at least 1"),
         ({"history": {"retire_after": 0}}, r"hpt\.history\.retire_after=0: must be null or at least 1"),
@@ -450,6 +454,27 @@ def test_a_gate_that_fits_its_method_is_taken():
     assert resolve_method(load({"gate": {"function": "linear"}})) is METHODS["hpt"]
     with pytest.raises(UserError, match=r"hpt\.gate=5: must be a mapping"):
         load({"gate": 5, "per_source": {"a": {"gate": {"count": 1}}}})
+
+
+@pytest.mark.parametrize(
+    ("shares", "fits"),
+    [
+        ((0, 1, 0), {"hpt": False, "hpt_off_on": True, "hpt_mix_on": True}),
+        ((0, 0, 1), {"hpt": True, "hpt_off_on": False, "hpt_mix_on": True}),
+        ((0, 1, 1), {"hpt": True, "hpt_off_on": True, "hpt_mix_on": True}),
+        ((1, 1, 0), {"hpt": True, "hpt_off_on": True, "hpt_mix_on": True}),
+        ((1, 0, 0), {"hpt": True, "hpt_off_on": True, "hpt_mix_on": True}),
+    ],
+)
+def test_a_gates_share_of_a_term_that_a_method_lacks_is_refused(shares, fits, monkeypatch):
+    monkeypatch.setitem(GATES, "shared", lambda solved, n, settings: Decision("soft", *shares))
+    for name, fit in fits.items():
+        settings = load({"method": name, "gate": {"function": "shared"}})
+        if fit:
+            assert resolve_method(settings).name == name
+        else:
+            with pytest.raises(UserError, match=rf"a share of a term that method '{name}' has not"):
+                resolve_method(settings)
 
 
 def test_likelihoods_of_a_model_need_no_column():

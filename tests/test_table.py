@@ -176,7 +176,7 @@ def test_a_method_of_your_own_trains_by_its_name_and_stands_in_the_table(own_met
              "demos": [{"length": 2, "log_prob": [math.log(0.5), math.log(0.1)]}]}
         ],
     }  # fmt: skip
-    (row,) = explain(case)["rows"]
+    (row,) = explain(case, import_modules=True)["rows"]
     assert row["kind"] == "demo" and row["zone"] == "demo"
     assert row["coefficient"]["demo"] == pytest.approx([0.25, 0.01])
     assert row["gradient"] == pytest.approx([-0.25 / 2, -0.01 / 2])  # two demonstration tokens in the step
