@@ -11,7 +11,7 @@ from verl_hpt import config, parts
 from verl_hpt.config import Schedule, load, resolve_method
 from verl_hpt.errors import UserError
 from verl_hpt.estimator import METHODS, Estimator, Method, Term
-from verl_hpt.gate import decide
+from verl_hpt.gate import GATES, Decision, decide
 from verl_hpt.parts import RANGES, Constants
 from verl_hpt.typed import WRONG, build
 
@@ -21,6 +21,9 @@ def test_defaults_are_the_documented_ones():
     assert (settings.method, settings.normalization, settings.demo_coef) == ("hpt", None, 0.1)
     assert (settings.gate.threshold, settings.gate.count, settings.gate.success) == (0.0, None, 1.0)
     assert (settings.demo.key, settings.demo.on_unusable) == ("target", "keep")
+    assert (settings.demo.per_question, settings.demo.select, settings.demo.reward) == (1, "first", None)
+    assert (settings.history.cooldown, settings.history.retire_after, settings.seed) == (0, None, 0)
+    assert config.EarlyGate(3).rollouts == 1 and config.Compose().rollouts == "dr_grpo"
     assert load(config.defaults()) == settings
 
 
@@ -50,6 +53,10 @@ def test_defaults_are_the_documented_ones():
         ),
         ({"gate": {"off": {"start": 1, "end": 0, "steps": 0}}}, r"hpt\.gate\.off\.steps=0: must be at least 1"),
         ({"gate": {"soft": [[0, 0, 1]]}}, r"hpt\.gate\.soft=.*: must be a table of at least two rows"),
+        (
+            {"gate": {"soft": [[0, 0], [1, 0]]}},
+            r"hpt\.gate\.soft=.*: must be a table of at least two rows \(on, off, sft\)",
+        ),
         ({"gate": {"soft": [[0, 0, 1], [1, 0, -1]]}}, r"hpt\.gate\.soft=.*none negative"),
         ({"demo": {"per_question": 0}}, r"hpt\.demo\.per_question=0: must be at least 1"),
         ({"history": {"retire_after": 0}}, r"hpt\.history\.retire_after=0: must be null or at least 1"),
@@ -129,7 +136,7 @@ def test_a_sources_gate_starts_from_the_general_one():
 
 def test_schedules_move_from_start_to_end_and_stay():
     linear = Schedule(0.5, 0.0, 100)
-    assert [linear.at(s) for s in (0, 50, 100, 500)] == [0.5, 0.25, 0.0, 0.0]
+    assert [linear.at(s) for s in (0, 25, 50, 100, 500)] == [0.5, 0.375, 0.25, 0.0, 0.0]
     cosine = Schedule(1.0, 0.0, 100, "cosine")
     assert [round(cosine.at(s), 6) for s in (0, 50, 100)] == [1.0, 0.5, 0.0] and cosine.at(25) > 0.8
 
@@ -235,6 +242,7 @@ KEYS = {
     "modules": ["list"],
 }
 HOSTILE = [(key, value) for key, kinds in KEYS.items() for kind in kinds for value in UNFIT[kind]] + [
+    ("gate", 5),
     ("gate.threshold", {"start": math.nan, "end": 0, "steps": 5}),
     ("gate.threshold", {"start": 0, "end": math.inf, "steps": 5}),
     ("gate.off", {"start": 0, "end": 0, "steps": 1.5}),
@@ -428,6 +436,56 @@ def test_the_off_zone_is_the_methods_own_r_term_or_the_published_one():
     of_source = {"method": "hpt_mix_on", "per_source": {"a": {"gate": {"off": 0.5}}}}
     assert resolve_method(load(of_source)).off_zone is METHODS["hpt_mix_on"].term("R")
     assert resolve_method(load({})).off_zone is None
+
+
+def test_the_clip_range_is_clip_ratio_where_a_bound_is_null():
+    actor = {"clip_ratio": 0.3, "clip_ratio_low": None, "clip_ratio_high": 0.28, "clip_ratio_c": 9.0}
+    assert config.clips(actor) == {"clip_low": 0.3, "clip_high": 0.28, "clip_c": 9.0}
+    assert config.clips({**actor, "clip_ratio_low": 0.0, "clip_ratio_high": None}) == {
+        "clip_low": 0.0, "clip_high": 0.3, "clip_c": 9.0
+    }  # fmt: skip
+
+
+def test_a_gate_that_fits_its_method_is_taken():
+    table = [[0, 0, 1], [1, 0, 0]]
+    settings = load({"method": "hpt_soft", "gate": {"soft": table}})
+    assert resolve_method(settings) is METHODS["hpt_soft"]
+    assert settings.gate.at(0).soft == ((0.0, 0.0, 1.0), (1.0, 0.0, 0.0))
+    assert resolve_method(load({"gate": {"function": "linear"}})) is METHODS["hpt"]
+    with pytest.raises(UserError, match=r"hpt\.gate=5: must be a mapping"):
+        load({"gate": 5, "per_source": {"a": {"gate": {"count": 1}}}})
+
+
+@pytest.mark.parametrize(
+    ("shares", "fits"),
+    [
+        ((0, 1, 0), {"hpt": False, "hpt_off_on": True, "hpt_mix_on": True}),
+        ((0, 0, 1), {"hpt": True, "hpt_off_on": False, "hpt_mix_on": True}),
+        ((0, 1, 1), {"hpt": True, "hpt_off_on": True, "hpt_mix_on": True}),
+        ((1, 1, 0), {"hpt": True, "hpt_off_on": True, "hpt_mix_on": True}),
+        ((1, 0, 0), {"hpt": True, "hpt_off_on": True, "hpt_mix_on": True}),
+    ],
+)
+def test_a_gates_share_of_a_term_that_a_method_lacks_is_refused(shares, fits, monkeypatch):
+    monkeypatch.setitem(GATES, "shared", lambda solved, n, settings: Decision("soft", *shares))
+    for name, fit in fits.items():
+        settings = load({"method": name, "gate": {"function": "shared"}})
+        if fit:
+            assert resolve_method(settings).name == name
+        else:
+            with pytest.raises(UserError, match=rf"a share of a term that method '{name}' has not"):
+                resolve_method(settings)
+
+
+def test_likelihoods_of_a_model_need_no_column():
+    for model in ("policy", "reference"):
+        assert load({"demo": {"select": "likelihood", "likelihood_of": model}}).demo.log_likelihood is None
+    assert load({"demo": {"select": "likelihood", "log_likelihood": "l"}}).demo.log_likelihood == "l"
+
+
+def test_a_composed_method_may_train_on_demonstrations_alone():
+    method = resolve_method(load({"compose": {"rollouts": None, "demos": [{"kind": "S"}], "when": "always"}}))
+    assert method.rollouts is None and method.demos == (Term("S", Estimator(advantage=parts.unit)),)
 
 
 def test_the_constants_are_verls_clip_range_and_the_options():

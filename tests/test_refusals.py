@@ -305,6 +305,11 @@ def test_columns_that_are_not_there_are_named_with_those_that_are():
     assert check(run, **ROWS, id=["1", "2", "3"], author=["a"] * 3) == ""
 
 
+def test_a_run_without_settings_of_sources_needs_no_column_of_them():
+    table = SimpleNamespace(column_names=["target", "data_source"])  # whose rows nobody reads
+    start().check_columns(SimpleNamespace(dataframe=table))
+
+
 def test_a_method_without_demonstrations_needs_no_column_of_them():
     assert check(start("++hpt.method=grpo"), prompt=["a"]) == ""
     assert "hpt.demo.key='target': the training data has no such column" in check(start(), prompt=["a"])
@@ -318,6 +323,8 @@ def test_settings_of_a_source_that_no_row_has_are_refused_with_those_that_there_
     many = {**ROWS, "data_source": ["math", "a", "b"]} | {"prompt": ["p"] * 14, "target": ["t"] * 14}
     many["data_source"] = ["math", *(f"s{i:02}" for i in range(13))]
     assert check(run, **many).endswith("it has math, s00, s01, s02, s03, s04, s05, s06, s07, s08 and 4 more")
+    ten = {name: column[:10] for name, column in many.items()}
+    assert check(run, **ten).endswith("it has math, s00, s01, s02, s03, s04, s05, s06, s07, s08")
     assert check(run, prompt=["a"], target=["x"]).count("this data_source; it has none") == 2
     assert check(start("++hpt.per_source={math:{gate:{threshold:0.5}}}"), **ROWS) == ""
 
