@@ -217,6 +217,14 @@ def test_numbers_of_tokens_stand_beside_the_tokens():
     ]
 
 
+def test_a_demonstrations_log_prob_under_other_models_stands_in_its_row():
+    rollouts = Rollouts().add("a", [0], target=["ab", "cd"], o=[-0.5, -0.25]).add("b", [1], target="ef", o=-0.125)
+    trainer = make_trainer("++hpt.method=poft", "++hpt.demo.other_log_prob=o", "++hpt.demo.per_question=2")
+    _, ranks, _ = step(trainer, rollouts.batch())
+    found = {TOKENIZER.decode(row["responses"][:2]): row["other_log_prob"] for row in updated(ranks)}
+    assert found == {"ab": -0.5, "cd": -0.25, "ef": -0.125}
+
+
 def test_metrics_tell_what_the_gate_did_and_the_history_remembers():
     trainer = make_trainer()
     _, _, metrics = step(trainer, three_questions().batch(ORDER))
