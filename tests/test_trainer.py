@@ -217,6 +217,14 @@ def test_numbers_of_tokens_stand_beside_the_tokens():
     ]
 
 
+def test_a_demonstrations_log_prob_under_other_models_stands_in_its_row():
+    rollouts = Rollouts().add("a", [0], target=["ab", "cd"], o=[-0.5, -0.25]).add("b", [1], target="ef", o=-0.125)
+    trainer = make_trainer("++hpt.method=poft", "++hpt.demo.other_log_prob=o", "++hpt.demo.per_question=2")
+    _, ranks, _ = step(trainer, rollouts.batch())
+    found = {TOKENIZER.decode(row["responses"][:2]): row["other_log_prob"] for row in updated(ranks)}
+    assert found == {"ab": -0.5, "cd": -0.25, "ef": -0.125}
+
+
 def test_metrics_tell_what_the_gate_did_and_the_history_remembers():
     trainer = make_trainer()
     _, _, metrics = step(trainer, three_questions().batch(ORDER))
@@ -444,7 +452,8 @@ def test_a_score_that_is_not_finite_stops_before_anything_is_written(bad):
 
 
 def test_old_log_probs_of_demonstrations_are_those_of_verls_own_pass():
-    trainer = make_trainer("++hpt.method=psft", f"{ROLL}.log_prob_micro_batch_size_per_gpu=3", ranks=2)
+    cuts = [f"{ROLL}.log_prob_micro_batch_size_per_gpu=3", f"{ACTOR}.ppo_micro_batch_size_per_gpu=5"]
+    trainer = make_trainer("++hpt.method=psft", *cuts, ranks=2)
     rollouts = three_questions()
     _, ranks, metrics = step(trainer, rollouts.batch())
     ((meta, passed),) = trainer.actor_rollout_wg.passes
@@ -453,7 +462,7 @@ def test_old_log_probs_of_demonstrations_are_those_of_verls_own_pass():
         (*TOKENIZER.encode("abc"), EOS), (*TOKENIZER.encode("unread"), EOS),
     }  # fmt: skip
     demos = [row for row in updated(ranks) if row["w_demo"]]
-    assert len(demos) == 2 and metrics["hpt/rows/demos"] == 2
+    assert len(demos) == 2 == metrics["hpt/rows/demos"] and metrics["hpt/rows/padding"] == 8, "padding needs no pass"
     for row in demos:
         assert torch.equal(row["old_log_probs"], likelihood(row["responses"]).bfloat16())
     assert "actor/entropy" not in metrics, "a pass over demonstrations has no metrics of the run"
@@ -540,6 +549,15 @@ def test_likelihoods_are_means_over_what_the_assistant_says():
     assert keys_there() == set(rollouts.keys)
 
 
+def test_likelihoods_are_those_at_a_temperature_of_one():
+    rollouts = three_questions()
+    trainer = make_trainer(*LIKELIHOOD, f"{ROLL}.temperature=0.7")
+    group, demo = SimpleNamespace(prompt=np.array([1])), SimpleNamespace(ids=[9], mask=[1])
+    assert trainer._likelihoods(rollouts.batch(), [(group, (demo, {}))]) == [-0.25]
+    ((meta, passed),) = trainer.actor_rollout_wg.passes
+    assert "temperature" not in meta.extra_info and [rank["temperature"].tolist() for rank in passed] == [[1.0]]
+
+
 # --- verl's other stages ----------------------------------------------------------------------------------------------
 
 
@@ -605,13 +623,13 @@ def test_rollout_corrections_weights_are_verls_on_rollouts_and_one_on_ours():
 
 def test_returns_are_those_under_the_kl_penalty_while_the_gate_reads_scores():
     rollouts = Rollouts()
-    for session, (score, reward) in enumerate([(1.0, 0.75), (0.0, -0.25)]):
+    for session, (score, reward) in enumerate([(1.0, 0.5), (0.0, -0.25)]):
         rewards = torch.tensor([0.0, reward])
         rollouts.row(f"a_{session}_0", "a", score, "x", "demo", "a:", "src", {"token_level_rewards": rewards})
     trainer = make_trainer("algorithm.use_kl_in_reward=True")
     meta, ranks, metrics = step(trainer, rollouts.batch())
     found = {key: (row["reward"], row["advantage"]) for key, row in zip(meta.keys, updated(ranks), strict=True)}
-    assert found == {"a_0_0": (1.0, 0.5), "a_1_0": (0.0, -0.5)} and metrics["hpt/solve_rate"] == 0.5
+    assert found == {"a_0_0": (1.0, 0.375), "a_1_0": (0.0, -0.375)} and metrics["hpt/solve_rate"] == 0.5
 
 
 # --- questions on their way to the rollouts ---------------------------------------------------------------------------
