@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from test_questions import Letters
 from verl_config import compose
 
 from verl_hpt.errors import UserError
@@ -14,6 +15,13 @@ from verl_hpt.questions import Group
 from verl_hpt.run import Run, question_name, stop_ids
 
 ACTOR = "actor_rollout_ref.actor"
+
+
+def ends_with(token: int | None) -> Letters:
+    """A tokenizer whose EOS has this id."""
+    tokenizer = Letters()
+    tokenizer.eos_token_id = token
+    return tokenizer
 
 
 def start(*overrides: str, reference: bool = False, critic: bool = False) -> Run:
@@ -403,7 +411,7 @@ def test_where_a_model_stops_is_what_its_generation_config_says(tmp_path):
 def test_demonstrations_end_where_generation_stops(tmp_path, overrides, eos):
     path = f"actor_rollout_ref.model.path={model_that_stops_at(tmp_path / 'model', [5, 6])}"
     run = start(path, *overrides, "data.max_response_length=9", "++hpt.seed=4")
-    run.meet(SimpleNamespace(eos_token_id=2))
+    run.meet(ends_with(2))
     reader = run.reader
     assert (run.eos, reader.eos, reader.max_length, reader.seed, reader.template_kwargs) == (eos, eos, 9, 4, {})
 
@@ -411,17 +419,17 @@ def test_demonstrations_end_where_generation_stops(tmp_path, overrides, eos):
 def test_an_end_token_at_which_generation_does_not_stop_is_refused(tmp_path):
     path = f"actor_rollout_ref.model.path={model_that_stops_at(tmp_path / 'model', [5, 6])}"
     with pytest.raises(UserError, match=r"token 3 \(hpt\.demo\.eos\), but generation stops at \[2, 5, 6\]"):
-        start(path, "++hpt.demo.eos=3").meet(SimpleNamespace(eos_token_id=2))
-    start(path, "++hpt.demo.eos=3", "++hpt.method=grpo").meet(SimpleNamespace(eos_token_id=2))
+        start(path, "++hpt.demo.eos=3").meet(ends_with(2))
+    start(path, "++hpt.demo.eos=3", "++hpt.method=grpo").meet(ends_with(2))
     with pytest.raises(UserError, match=r"the tokenizer has no EOS token; set hpt\.demo\.eos"):
-        start(path).meet(SimpleNamespace(eos_token_id=None))
-    start(path, "++hpt.demo.eos=6").meet(SimpleNamespace(eos_token_id=None))
+        start(path).meet(ends_with(None))
+    start(path, "++hpt.demo.eos=6").meet(ends_with(None))
 
 
 def test_the_reader_renders_with_the_runs_own_template_arguments(tmp_path):
     path = f"actor_rollout_ref.model.path={model_that_stops_at(tmp_path / 'model', 2)}"
     run = start(path, "++data.apply_chat_template_kwargs={enable_thinking: false}")
-    run.meet(SimpleNamespace(eos_token_id=2))
+    run.meet(ends_with(2))
     assert run.reader.template_kwargs == {"enable_thinking": False}
 
 

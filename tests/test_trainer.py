@@ -389,7 +389,8 @@ def test_settings_come_back_on_errors_too():
 
 
 def test_row_temperature_takes_everything_but_a_temperature():
-    info = RowTemperature({"kept": 1})
+    info = RowTemperature({"kept": 1, "temperature": 0.7})
+    assert info == {"kept": 1}, "verl's critic leaves one in the batch"
     info.update({"temperature": 0.7, "epochs": 2})
     info.update(temperature=0.7, seed=3)
     assert info == {"kept": 1, "epochs": 2, "seed": 3}

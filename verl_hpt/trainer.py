@@ -83,8 +83,13 @@ class Step:
 class RowTemperature(dict):
     """Batch-wide values without a temperature: the engine then takes each row's own from the column.
 
-    verl writes the rollouts' temperature here before each pass, and it would win over the column.
+    verl writes the rollouts' temperature here before each pass, and its critic leaves one in the batch that we get; it
+    would win over the column.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+        self.update(*args, **kwargs)
 
     def update(self, *args, **kwargs):
         super().update({key: value for key, value in dict(*args, **kwargs).items() if key != "temperature"})

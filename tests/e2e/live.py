@@ -13,6 +13,8 @@ import torch
 import wrapt
 
 FOLDER = Path(os.environ["LIVE_FOLDER"])
+# Rewards are on record whatever is said, and random weights seldom end an answer: cut ones count here.
+BASE = {"gate": {"finished": False}}
 
 
 def plan_as_json(step) -> list[dict]:
@@ -29,6 +31,22 @@ def plan_as_json(step) -> list[dict]:
             told["row"] = step.groups[q].rows[told["index"]]
         rows.append(told)
     return rows
+
+
+def questions_as_json(step) -> dict[str, dict]:
+    """What the gate was told of each question, and what became of it, by key."""
+    return {
+        question.key: {
+            "index": step.groups[q].columns["extra_info"]["index"],
+            "rewards": question.rewards.tolist(),
+            "lengths": question.lengths.tolist(),
+            "truncated": question.truncated.tolist(),
+            "skipped_rollouts": question.skipped_rollouts,
+            "zone": step.plan.decisions[q].zone,
+            "dropped": [d.index for d in step.plan.dropped if d.question == q and d.kind == 0],
+        }
+        for q, question in enumerate(step.questions)
+    }
 
 
 # What verl and its engine wrote of each rollout; those that a run has are recorded.
@@ -66,7 +84,7 @@ def _switch(trainer):
                 print(f"LIVE step {self.global_steps}: {methods[turn]}", flush=True)
                 with trainer.open_dict(self.config):
                     own = trainer.OmegaConf.from_dotlist(settings)
-                    self.config.hpt = trainer.OmegaConf.merge({"method": name}, own)
+                    self.config.hpt = trainer.OmegaConf.merge({"method": name, **BASE}, own)
                 served = (trainer.need_reference_policy(self.config), trainer.need_critic(self.config))
                 self.hpt = trainer.Run(
                     self.config,
@@ -88,7 +106,7 @@ def _switch(trainer):
                 return out
 
             def _write(self, batch, step, written):
-                out = {"method": self.hpt.method.name, "rows": plan_as_json(step)}
+                out = {"method": self.hpt.method.name, "rows": plan_as_json(step), "questions": questions_as_json(step)}
                 (FOLDER / f"plan_{self.global_steps}.json").write_text(json.dumps(out))
                 return super()._write(batch, step, written)
 

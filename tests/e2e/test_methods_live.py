@@ -23,7 +23,11 @@ HERE = Path(__file__).parent
 SERVED = ("ppo", "asft")
 PLAIN = [name if name != "poft" else "poft demo.other_log_prob=others" for name in METHODS if name not in SERVED]
 STEPS = 3
-EXTREMES = ["hpt gate.threshold=-1", "hpt gate.threshold=1", "hpt gate.off=0.9", "hpt normalization=official"]
+UNUSABLE = (5, 9)  # questions without a usable demonstration
+EXTREMES = [
+    "hpt gate.threshold=-1", "hpt gate.threshold=1", "hpt gate.off=0.9", "hpt normalization=official",
+    "hpt gate.finished=true rollouts.truncated=mask",
+]  # fmt: skip
 COLUMNS = [
     "sft demo.select=likelihood demo.likelihood_of=policy demo.token_weights=weights demo.source=writer",
     "sft demo.select=likelihood demo.log_likelihood=likelihoods demo.per_question=2 demo.token_weights=weights",
@@ -38,8 +42,8 @@ def rows() -> list[dict]:
     for index in range(16):
         rule = {"rule": "never"} if index % 4 == 0 else {"rule": "random", "chance": 0.3 * (index % 4)}
         made.append(question(index, rule, "live", demos=2))
-    made[5]["target"] = ["x" * 200]  # too long
-    made[9]["target"] = [""]
+    made[UNUSABLE[0]]["target"] = ["x" * 200]  # too long
+    made[UNUSABLE[1]]["target"] = [""]
     for row in made:
         lengths = [len(text) + 1 for text in row["target"]]  # bytes and EOS
         row["others"], row["writer"] = [-2.0 for _ in lengths], ["someone" for _ in lengths]
@@ -121,15 +125,17 @@ def test_every_method_without_a_critic_or_reference_trains_and_explain_agrees(tm
     assert at["sft"]["hpt/gradient_share/demos"] == pytest.approx(1)
     assert any(m.get("hpt/unusable_demos") for m in metrics.values())
     explained = compare_with_explain(tmp_path / "records", methods)
-    assert explained["hpt"] and explained["luffy"] and explained["srft"]
-    assert all(explained[name] for name in [*EXTREMES[:2], *COLUMNS])
+    assert all(explained[name] for name in methods), explained
     weighted, two = (metrics[STEPS * (methods.index(name) + 1)] for name in COLUMNS[:2])
     assert weighted["hpt/demo_source/someone"] == weighted["hpt/rows/demos"] > 0
     assert two["hpt/rows/demos"] > two["hpt/questions"], "two demonstrations a question, where there are two"
 
 
 def compare_with_explain(folder: Path, methods: list[str]) -> dict[str, int]:
-    """Each recorded step as a CASE: its gradients from ``explain`` and from the training. Methods -> rows compared."""
+    """Each recorded step as a CASE: decisions, dropped rows and gradients of ``explain`` are those of the training.
+
+    Returns methods -> rows compared.
+    """
     compared = defaultdict(int)
     records = sorted(folder.glob("loss_*.json"), key=lambda p: (p.stat().st_mtime_ns, p.name))
     plans = sorted(folder.glob("plan_*.json"), key=lambda p: int(p.stem.split("_")[1]))
@@ -138,50 +144,50 @@ def compare_with_explain(folder: Path, methods: list[str]) -> dict[str, int]:
         plan, record = json.loads(plan_file.read_text()), json.loads(record_file.read_text())
         trained = methods[(step - 1) // STEPS]
         name, *settings = trained.split()
-        # Their rule reads rollouts that a plan has no rows of.
-        if METHODS[name].when in ("soft", "unrewarded", "own") or "gate.off" in trained:
-            continue
         settings = [setting for setting in settings if not setting.startswith("demo.")]
-        told = {"method": name, "rl_length_scale": 24} | OmegaConf.to_container(OmegaConf.from_dotlist(settings))
-        questions = {}
-        for i, row in enumerate(plan["rows"]):
-            if row["kind"] >= 0:
-                questions.setdefault(row["question"], {0: {}, 1: {}})[row["kind"]][row["index"]] = (i, row)
-        case = {
-            "hpt": told,
-            "questions": [case_of(key, sides, record) for key, sides in questions.items()],
-        }
-        # Whole groups only: a question that trains on its demonstration has no rollouts on record, and needs none.
-        for told_row in explain(case)["rows"]:
-            place, _ = questions[told_row["uid"]][told_row["kind"] == "demo"][told_row["index"]]
-            length = len(told_row["gradient"])
-            expected = record["gradient"][place][:length]
-            assert told_row["gradient"] == pytest.approx(expected, rel=1e-5, abs=1e-5 * max(map(abs, expected)) + 1e-9)
+        base = {"method": name, "rl_length_scale": 24, "gate": {"finished": False}}
+        places = {(r["question"], r["kind"], r["index"]): (i, r) for i, r in enumerate(plan["rows"]) if r["kind"] >= 0}
+        told = explain(
+            {
+                "hpt": OmegaConf.to_container(OmegaConf.merge(base, OmegaConf.from_dotlist(settings))),
+                "questions": [case_of(key, seen, places, record) for key, seen in plan["questions"].items()],
+            }
+        )
+        for key, seen in plan["questions"].items():
+            dropped = {d["index"] for d in told["dropped"] if d["uid"] == key and d["kind"] == "rollout"}
+            assert dropped == set(seen["dropped"]), (trained, step, seen)
+            assert {row["zone"] for row in told["rows"] if row["uid"] == key} <= {seen["zone"]}, (trained, step, seen)
+        assert len(told["rows"]) == len(places), (trained, step)
+        for row in told["rows"]:
+            place, _ = places[row["uid"], int(row["kind"] == "demo"), row["index"]]
+            expected = record["gradient"][place][: len(row["gradient"])]
+            assert row["gradient"] == pytest.approx(expected, rel=1e-5, abs=1e-5 * max(map(abs, expected)) + 1e-9)
             compared[trained] += 1
     return compared
 
 
-def case_of(key: str, sides: dict, record: dict) -> dict:
-    def row(place, planned):
-        length = planned["tokens"]
+def case_of(key: str, seen: dict, places: dict, record: dict) -> dict:
+    """A question as it was told to the gate. Rows that did not train have no log-probs on record, and need none."""
+    anything = {"log_prob": -1.0, "entropy": 1.0, "other_log_prob": -2.0, "teacher_log_prob": -1.0, "reward": 1.0}
 
-        def column(name):
-            return record[name][place][:length] if name in record else None
+    def row(kind: int, index: int, length: int, **more):
+        if (key, kind, index) not in places:
+            return anything | {"length": length} | more
+        place, planned = places[key, kind, index]
+        columns = {"log_prob": "log_prob", "old_log_prob": "old_log_probs", "entropy": "entropy"}
+        if kind == 1:
+            columns |= {"token_weights": WEIGHTS, "teacher_log_prob": TEACHER}
+        own = {told: record[name][place][: planned["tokens"]] for told, name in columns.items() if name in record}
+        return {"length": planned["tokens"], "reward": planned["reward"], "other_log_prob": -2.0} | own | more
 
-        given = {
-            "length": length,
-            "reward": planned["reward"],
-            "log_prob": column("log_prob"),
-            "old_log_prob": column("old_log_probs"),
-            "other_log_prob": -2.0,
-        }
-        if planned["kind"] == 1:
-            given |= {"token_weights": column(WEIGHTS), "teacher_log_prob": column(TEACHER)}
-        return given | ({"entropy": column("entropy")} if "entropy" in record else {})
-
-    rollouts = [row(*sides[0][i]) for i in sorted(sides[0])]
-    demos = [row(*sides[1][i]) for i in sorted(sides[1])]
-    return {"uid": key, "source": "live", "rollouts": rollouts, "demos": demos}
+    rollouts = [
+        row(0, i, seen["lengths"][i], reward=reward, truncated=seen["truncated"][i])
+        for i, reward in enumerate(seen["rewards"])
+    ]
+    shown = [index for question, kind, index in places if question == key and kind == 1]
+    demos = [row(1, index, 7) for index in (sorted(shown) or ([] if seen["index"] in UNUSABLE else [0]))]
+    skipped = {"skipped_rollouts": seen["skipped_rollouts"]}
+    return {"uid": key, "source": "live", "rollouts": rollouts, "demos": demos} | skipped
 
 
 def test_methods_with_critic_and_reference_train_with_every_extreme_on(tmp_path, monkeypatch):
