@@ -32,6 +32,7 @@ def early(folder: Path, prefix: tuple[str, ...], steps: int = 40) -> None:
         "actor_rollout_ref.rollout.n=8",
         f"trainer.total_training_steps={steps}",
         f"trainer.save_freq={steps}",
+        "++hpt.gate.finished=false",  # the rewards are on record, whatever is said and however it ends
     ]
     graduated, sampled = {}, {}
     gate = "++hpt.history.early_gate={after_failures: 2, rollouts: 1}"
@@ -61,6 +62,7 @@ def sources(folder: Path, prefix: tuple[str, ...], steps: int = 24) -> None:
         "actor_rollout_ref.rollout.n=8",
         f"++hpt.per_source={{{own}}}",
         "++hpt.demo={per_question: 2, select: unseen_first}",
+        "++hpt.gate.finished=false",
         f"trainer.total_training_steps={steps}",
         "trainer.save_freq=1",
     ]

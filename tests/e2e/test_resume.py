@@ -21,6 +21,7 @@ OVERRIDES = [
     "actor_rollout_ref.actor.ppo_mini_batch_size=4",
     "actor_rollout_ref.rollout.n=4",
     "++hpt.gate.threshold={start: 0.6, end: 0.1, steps: 20, shape: cosine}",
+    "++hpt.gate.finished=false",  # the rewards are on record; whether an answer is cut differs from run to run
     "++hpt.per_source={mix/b: {gate: {threshold: 0.3}}}",
     "++hpt.demo={per_question: 2, select: unseen_first}",
     "++hpt.history={retire_after: 4, cooldown: 1, early_gate: {after_failures: 2, rollouts: 1}}",

@@ -25,6 +25,7 @@ OVERRIDES = [
     "actor_rollout_ref.rollout.dtype=bfloat16",  # else the weights of rollout correction are 1 up to 1e-6
     f"++hpt.rl_length_scale={SCALE}",
     f"++hpt.demo_coef={COEF}",
+    "++hpt.gate.finished=false",
     "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra]",
 ]
 
