@@ -499,3 +499,8 @@ def test_a_sources_switch_replaces_the_general_one_of_any_kind():
     own = load(node).per_source
     assert (own["a"].gate.threshold, own["a"].gate.count, own["a"].gate.success) == (0.0, 2, 0.7)
     assert (own["b"].gate.threshold, own["b"].gate.count, own["b"].gate.success) == (0.5, None, 0.7)
+
+
+def test_a_named_method_beside_a_composed_one_is_refused():
+    with pytest.raises(UserError, match=r"hpt\.method='luffy': must be left out where hpt\.compose puts a method"):
+        load({"method": "luffy", "compose": {"demos": [{"kind": "S"}]}})

@@ -7,7 +7,7 @@ import torch
 from reference.cases import random_case
 from test_methods import our_gradients, ours
 
-from verl_hpt.estimator import METHODS, coefficient
+from verl_hpt.estimator import METHODS, coefficient, estimator_of
 from verl_hpt.explain import explain
 from verl_hpt.parts import Constants, Tokens
 
@@ -112,3 +112,19 @@ def test_rows_whose_shares_are_zero_leave_the_plan():
     case = ours(random_case(4, "hpt_soft", binary=True, gate={"soft": [[0, 0, 1], [1, 0, 0]]}))
     rows = {(row["uid"], row["kind"]) for row in explain(case)["rows"]}
     assert ("none-solved", "rollout") not in rows and ("all-solved", "demo") not in rows
+
+
+@pytest.mark.parametrize("mask", ["ppo_clip", "sequence_clip"])
+@pytest.mark.parametrize(
+    ("advantage", "score", "kept"), [("unit", 0.0, False), ("reward", 1.0, False), ("reward", -1.0, True)]
+)
+def test_a_clip_goes_by_the_sign_of_the_estimators_own_advantage(mask, advantage, score, kept):
+    """On a demonstration the plan's Â is 0: read from there, no clip would ever fire."""
+    estimator = estimator_of({"mask": mask, "reference": "old", "advantage": advantage}, "here")
+    row = {"mask": torch.ones(1, 2, dtype=torch.bool), "correct": torch.tensor([[True]])}
+    far = torch.full((1, 2), -1.0, dtype=torch.float64)  # r = e^0.8 is above 1 + ε, below c
+    tokens = Tokens(
+        far, advantage=torch.zeros(1, 1), reward=torch.tensor([[score]]), old_log_prob=far - 0.8, **row,
+        constants=Constants(clip_c=9.0),
+    )  # fmt: skip
+    assert (coefficient(estimator, tokens) != 0).all().item() is kept

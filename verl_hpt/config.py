@@ -331,6 +331,7 @@ def _check(settings: Settings, problems: list[str]) -> None:
     for name in settings.modules:
         need(all(part.isidentifier() for part in name.split(".")), "modules", name, "names of modules, as in import")
     if settings.compose is not None:
+        need(settings.method == "hpt", "method", settings.method, "left out where hpt.compose puts a method together")
         need(settings.compose.normalization in NORMALIZATIONS, "compose.normalization", settings.compose.normalization,
              f"one of {', '.join(NORMALIZATIONS)}")  # fmt: skip
         for i, term in enumerate(settings.compose.demos):

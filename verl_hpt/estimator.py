@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -56,6 +56,8 @@ def evaluate(estimator: Estimator, tokens: Tokens) -> tuple[Tensor, Tensor, Tens
         coefficient, surrogate = coefficient * slope, surrogate * value
     if estimator.mask is parts.everywhere:
         return coefficient, surrogate, tokens.ones()
+    if advantage is not tokens.advantage:  # a mask clips by the sign of the estimator's own Â
+        tokens = replace(tokens, advantage=advantage)
     keep, bound = estimator.mask(tokens)
     stopped = tokens.zeros() if bound is None else bound * advantage
     stopped = stopped if value is None else stopped * value
