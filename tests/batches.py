@@ -24,7 +24,7 @@ from verl.utils import transferqueue_utils
 from verl.utils.tensordict_utils import get_tensordict, list_of_dict_to_tensordict
 
 from verl_hpt.cpu.quickstart import byte_tokenizer
-from verl_hpt.trainer import hybrid
+from verl_hpt.host.trainer import hybrid
 
 PARTITION = "train"
 TOKENIZER = byte_tokenizer()

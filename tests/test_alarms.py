@@ -9,7 +9,7 @@ from verl_hpt.alarms import ALARMS, FILE, PREFIX, Alarms
 from verl_hpt.errors import UserError
 from verl_hpt.estimator import METHODS
 from verl_hpt.gate import GateSettings
-from verl_hpt.mixing import PlanSettings, Question
+from verl_hpt.plan import PlanSettings, Question
 
 QUIET = {
     "hpt/truncated_share": 0.1,

@@ -13,11 +13,11 @@ from made_data import folder, gsm8k
 from tiny_tokenizers import STYLES, tiny
 from transformers import AutoTokenizer
 
-from verl_hpt.data import main
-from verl_hpt.data_questions import shared_frame, unframed
-from verl_hpt.data_render import Renderer
-from verl_hpt.data_report import histogram
-from verl_hpt.demos import EncodedDemo, Unusable, encode
+from verl_hpt.data.commands import main
+from verl_hpt.data.questions import shared_frame, unframed
+from verl_hpt.data.render import Renderer
+from verl_hpt.data.report import histogram
+from verl_hpt.demos.encode import EncodedDemo, Unusable, encode
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -256,7 +256,7 @@ def test_likelihood_writes_a_number_for_each_demonstration_and_check_reads_it(tm
 def test_mean_log_likelihood_is_the_models(tmp_path, tokenizers):
     import torch
 
-    from verl_hpt.data_likelihood import Likelihood
+    from verl_hpt.data.likelihood import Likelihood
 
     model = random_model(tmp_path / "model")
     demo = EncodedDemo([5, 6, 7], [1, 0, 1])
@@ -275,7 +275,7 @@ def test_mean_log_likelihood_is_the_models(tmp_path, tokenizers):
 
 def test_prompts_have_the_templates_begin_token_and_demonstrations_none(tmp_path, tokenizers, monkeypatch):
     """Under a tokenizer whose post-processor adds one: what is shown, what a model is asked, what lengths count."""
-    from verl_hpt import data_likelihood
+    from verl_hpt.data import likelihood as data_likelihood
 
     asked, tokenizer = [], AutoTokenizer.from_pretrained(tokenizers / "llama3")
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -312,7 +312,7 @@ def test_prompts_have_the_templates_begin_token_and_demonstrations_none(tmp_path
 
 def test_json_is_all_that_standard_output_has_when_asked(tmp_path):
     file = write(tmp_path / "a.parquet", rows(5))
-    code = "import sys; from verl_hpt.data import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from verl_hpt.data.commands import main; sys.exit(main(sys.argv[1:]))"
     done = subprocess.run(
         [sys.executable, "-c", code, "check", file, "--json", "-"],
         capture_output=True,

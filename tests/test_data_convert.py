@@ -14,9 +14,9 @@ from made_data import EVAL, eval_file, eval_set, folder, gsm8k
 from tiny_tokenizers import tiny
 
 from verl_hpt import reward
-from verl_hpt.data import main
-from verl_hpt.data_rows import in_validation, question_text
-from verl_hpt.demos import demonstrations, encode
+from verl_hpt.data.commands import main
+from verl_hpt.data.rows import in_validation, question_text
+from verl_hpt.demos.encode import demonstrations, encode
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -343,7 +343,7 @@ def test_fields_are_known_whatever_their_case(tmp_path, capsys):
 
 MEASURED = """
 import sys
-from verl_hpt.data import main
+from verl_hpt.data.commands import main
 status = main(["convert", sys.argv[1], sys.argv[2]])
 with open("/proc/self/status") as file:
     peak = next(line.split()[1] for line in file if line.startswith("VmHWM"))

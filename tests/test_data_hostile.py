@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from verl_hpt.data import main
+from verl_hpt.data.commands import main
 
 
 class Case(NamedTuple):

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from test_data_convert import ask, asked, said, say
 
-from verl_hpt.data import main
+from verl_hpt.data.commands import main
 
 LATE = [  # first value, late value, field named, type that keeps both, what then stands there
     (0, 0.5, "r", "double", 0.5),

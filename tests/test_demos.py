@@ -7,8 +7,8 @@ from made_data import gsm8k
 from tensordict import NonTensorData, NonTensorStack
 from tiny_tokenizers import STYLES, tiny
 
-from verl_hpt.demo_columns import Demo, DemoColumns, check_values, row_demos
-from verl_hpt.demos import (
+from verl_hpt.demos.columns import Demo, DemoColumns, check_values, row_demos
+from verl_hpt.demos.encode import (
     REASONS,
     SELECTORS,
     EncodedDemo,

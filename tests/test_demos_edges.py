@@ -10,13 +10,14 @@ import pytest
 import torch
 from tiny_tokenizers import tiny
 
-from verl_hpt import demo_columns, demos
-from verl_hpt.demo_choice import SELECTORS, select, stable_hash
-from verl_hpt.demo_columns import Demo, DemoColumns, check_values, packed, row_demos, unpacked
-from verl_hpt.demos import EncodedDemo, Unusable, encode, plain
+from verl_hpt.demos import columns as demo_columns
+from verl_hpt.demos import encode as demos
+from verl_hpt.demos.columns import Demo, DemoColumns, check_values, packed, row_demos, unpacked
+from verl_hpt.demos.encode import EncodedDemo, Unusable, encode, plain
+from verl_hpt.demos.select import SELECTORS, select, stable_hash
+from verl_hpt.host.run import Run
 from verl_hpt.loss import TEACHER, WEIGHTS
 from verl_hpt.normalize import relative
-from verl_hpt.run import Run
 
 EVERY = DemoColumns(*(f"the_{name}" for name in vars(DemoColumns())))
 THREE = EncodedDemo([5, 6, 7], [1, 0, 1])

@@ -21,7 +21,7 @@ from engine.settings import CUTS, SETTINGS, VOCABULARY
 from verl_hpt.estimator import METHODS
 from verl_hpt.gate import GateSettings
 from verl_hpt.loss import LossSpec, hpt_loss
-from verl_hpt.mixing import DEMO, PADDING, ROLLOUT, PlanSettings, Question, plan
+from verl_hpt.plan import DEMO, PADDING, ROLLOUT, PlanSettings, Question, plan
 
 RANKS = (1, 2)
 TOLERANCE = 1e-5

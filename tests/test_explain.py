@@ -8,7 +8,7 @@ import pytest
 
 from verl_hpt.cli import main
 from verl_hpt.errors import UserError
-from verl_hpt.explain import explain
+from verl_hpt.tools.explain import explain
 
 CASE = {
     "hpt": {"method": "hpt", "normalization": "official", "rl_length_scale": 16, "demo_coef": 1.0},

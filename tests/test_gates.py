@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from verl_hpt import config, gate
 from verl_hpt.errors import UserError
-from verl_hpt.mixing import PlanSettings, Question, plan
+from verl_hpt.plan import PlanSettings, Question, plan
 
 
 def settings_of(*overrides: str) -> config.Settings:

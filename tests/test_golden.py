@@ -18,8 +18,8 @@ import json
 import numpy as np
 import pytest
 
-from verl_hpt.explain import explain
 from verl_hpt.normalize import weights
+from verl_hpt.tools.explain import explain
 
 
 def rollouts(rewards, lengths):

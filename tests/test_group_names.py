@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from verl_hpt.demo_columns import packed, unpacked
-from verl_hpt.questions import Group
+from verl_hpt.demos.columns import packed, unpacked
+from verl_hpt.host.batch import Group
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,11 @@ import pyarrow.parquet
 import pytest
 from test_lifecycle import Trainer
 
-from verl_hpt import cli, history_report
+from verl_hpt import cli
 from verl_hpt.errors import UserError
 from verl_hpt.history import prompt_number
 from verl_hpt.history_file import FILE
+from verl_hpt.tools import history as history_report
 
 
 def test_the_command_lists_forgotten_questions_with_their_text(tmp_path, capsys):

@@ -14,8 +14,8 @@ from verl_hpt import config, lifecycle
 from verl_hpt.errors import UserError
 from verl_hpt.history import History
 from verl_hpt.history_file import FILE, VERSION
+from verl_hpt.host.run import Run
 from verl_hpt.lifecycle import KEY, TOKENS, Lifecycle, depends, fingerprint
-from verl_hpt.run import Run
 
 NEEDS = {"history": {"cooldown": 3}}
 EMPTY = {"history": {"cooldown": 3, "on_missing": "empty"}}

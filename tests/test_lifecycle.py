@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from test_questions import Letters, scored
 
-from verl_hpt import config, mixing
+from verl_hpt import config
+from verl_hpt import plan as mixing
 from verl_hpt.errors import UserError
 from verl_hpt.history import Draw, number, numbers, prompt_number
+from verl_hpt.host.batch import Group, Reader, questions_of
 from verl_hpt.lifecycle import SPARED, UNKNOWN, Lifecycle, Past
-from verl_hpt.mixing import PlanSettings, Question, plan
-from verl_hpt.questions import Group, Reader, questions_of
+from verl_hpt.plan import PlanSettings, Question, plan
 
 
 class Trainer:

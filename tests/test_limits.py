@@ -8,8 +8,8 @@ from reference.cases import random_case
 from test_methods import our_gradients, ours
 
 from verl_hpt.estimator import METHODS, coefficient, estimator_of
-from verl_hpt.explain import explain
 from verl_hpt.parts import Constants, Tokens
+from verl_hpt.tools.explain import explain
 
 OPEN = {"low": 1e9, "high": 1e9, "c": 1e9}  # a clip that never fires
 

@@ -9,7 +9,7 @@ from verl.trainer.ppo.core_algos import kl_penalty
 from verl_hpt.estimator import METHODS
 from verl_hpt.gate import GateSettings
 from verl_hpt.loss import ROW_FIELD, LossSpec, hpt_loss
-from verl_hpt.mixing import PlanSettings, plan
+from verl_hpt.plan import PlanSettings, plan
 
 GROUPS = [([1, 0, 0], 1), ([0, 0, 0], 2), ([1, 1, 0], 1), ([0, 0], 1)]
 ROUNDING = 2**-8  # of bfloat16: half of its last place, relative

@@ -13,8 +13,8 @@ from verl.workers.utils.losses import ppo_loss, sft_loss
 from verl_hpt.estimator import METHODS
 from verl_hpt.gate import GateSettings
 from verl_hpt.loss import ROW_FIELD, LossSpec, hpt_loss
-from verl_hpt.mixing import DEMO, PADDING, PlanSettings, plan
 from verl_hpt.parts import Constants
+from verl_hpt.plan import DEMO, PADDING, PlanSettings, plan
 
 LENGTH_SCALE = 24.0
 # Groups of one size: verl divides by rows, the table by questions and then by their rows.

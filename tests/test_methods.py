@@ -8,8 +8,8 @@ from reference.losses import gradients
 
 from verl_hpt import parts
 from verl_hpt.estimator import METHODS, Estimator, Method, Term, register_method
-from verl_hpt.explain import explain
 from verl_hpt.normalize import NORMALIZATIONS
+from verl_hpt.tools.explain import explain
 
 # The reference's names for what the settings call otherwise.
 REFERENCE_OPTIONS = {"reinforce": {"baseline": "group"}, "asft": {"kl_cap": 100.0}}

@@ -8,7 +8,7 @@ import pytest
 from verl_hpt.estimator import METHODS
 from verl_hpt.loss import P_EDGES, SUMS, W_EDGES
 from verl_hpt.metrics import SENT, of_plan, of_update, quantile
-from verl_hpt.mixing import PlanSettings, Question, plan
+from verl_hpt.plan import PlanSettings, Question, plan
 
 
 def question(key, rewards, demos=1) -> Question:

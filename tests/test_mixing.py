@@ -5,7 +5,7 @@ import pytest
 
 from verl_hpt.estimator import METHODS
 from verl_hpt.gate import GateSettings
-from verl_hpt.mixing import DEMO, PADDING, ROLLOUT, PlanSettings, Question, plan
+from verl_hpt.plan import DEMO, PADDING, ROLLOUT, PlanSettings, Question, plan
 
 
 def question(key, rewards, demos=1, length=5, **kwargs) -> Question:

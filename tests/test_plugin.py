@@ -80,7 +80,7 @@ try:
 except RuntimeError as error:
     refused = str(error)
 
-from verl_hpt.trainer import hybrid
+from verl_hpt.host.trainer import hybrid
 ours = {}
 for mode, base in modes.items():
     cls = hybrid(base)
@@ -96,7 +96,7 @@ with hydra.initialize_config_dir(str(Path(verl.__file__).parent / "trainer/confi
         wrong = type(error).__name__
 composed = [a.algorithm.adv_estimator, a.hpt.gate.threshold, a.hpt.demo_coef, b.hpt.gate.threshold, wrong]
 
-from verl_hpt import host
+from verl_hpt.host import contract as host
 from verl_hpt.errors import UserError
 missing = host.missing()
 del trainer_base.PPOTrainer._update_actor

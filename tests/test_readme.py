@@ -9,7 +9,7 @@ from verl_hpt import config
 from verl_hpt.alarms import ALARMS
 from verl_hpt.cli import COMMANDS
 from verl_hpt.estimator import METHODS
-from verl_hpt.explain import explain
+from verl_hpt.tools.explain import explain
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -22,9 +22,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from verl_hpt import config, guard
+from verl_hpt import config
 from verl_hpt.errors import UserError
 from verl_hpt.gate import decide
+from verl_hpt.host import refusals as guard
 from verl_hpt.parts import Tokens, ppo_clip
 
 REPO = Path(__file__).resolve().parents[1]
@@ -288,7 +289,7 @@ def test_two_stages_hand_the_model_on_and_a_restart_skips_the_first(bench, monke
 def test_missing_training_data_is_converted_by_a_command_that_exists(bench):
     import argparse
 
-    from verl_hpt.data_convert import add_convert
+    from verl_hpt.data.convert import add_convert
 
     bench.run("qwen2.5_math_7b")
     ((*command, source, out, option),) = bench.calls("verl-hpt")

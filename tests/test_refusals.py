@@ -11,8 +11,8 @@ from test_questions import Letters
 from verl_config import compose
 
 from verl_hpt.errors import UserError
-from verl_hpt.questions import Group
-from verl_hpt.run import Run, question_name, stop_ids
+from verl_hpt.host.batch import Group
+from verl_hpt.host.run import Run, question_name, stop_ids
 
 ACTOR = "actor_rollout_ref.actor"
 
@@ -364,7 +364,7 @@ def test_no_question_is_ever_called_none(nothing):
 
 def batch_of(monkeypatch, columns: dict, *overrides: str):
     """Our trainer at ``_read_questions``, with two questions of these columns in the queue."""
-    from verl_hpt import trainer
+    from verl_hpt.host import trainer
 
     prompts = torch.nested.as_nested_tensor([torch.tensor([1, 2]), torch.tensor([3])], layout=torch.jagged)
     fields = {"prompts": prompts, **columns}

@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from verl_hpt import report, report_answers
 from verl_hpt.errors import UserError
+from verl_hpt.tools import answers as report_answers
+from verl_hpt.tools import report
 
 ACC = "val-core/verl-hpt/reverse/acc/mean@1"
 

@@ -12,7 +12,7 @@ from verl.workers.utils.padding import (
     response_to_nested,
 )
 
-from verl_hpt.rows import ENGINE_FIELDS, PADDING_PROMPT, padding_row, token_fields
+from verl_hpt.host.rows import ENGINE_FIELDS, PADDING_PROMPT, padding_row, token_fields
 
 ROWS = [([5, 6, 7], [8, 9], [1, 1]), ([4], [3, 2, 1, 0], [1, 0, 0, 1]), padding_row(99)]
 INTEGERS = dict.fromkeys(ENGINE_FIELDS, torch.int64)

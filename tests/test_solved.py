@@ -8,11 +8,11 @@ from verl_hpt import gate
 from verl_hpt.config import load
 from verl_hpt.errors import UserError
 from verl_hpt.estimator import METHODS
-from verl_hpt.explain import explain
 from verl_hpt.gate import GateSettings
+from verl_hpt.host.batch import gate_metric, questions_of, row_sums
 from verl_hpt.metrics import of_rollouts
-from verl_hpt.mixing import DEMO, ROLLOUT, PlanSettings, Question, plan
-from verl_hpt.questions import gate_metric, questions_of, row_sums
+from verl_hpt.plan import DEMO, ROLLOUT, PlanSettings, Question, plan
+from verl_hpt.tools.explain import explain
 
 # Written as decimals, these differ as float32 (verl's scores) and float64 (the settings).
 EXACT = [0.1, 0.3, 0.7, 0.9, 0.95, 1.4, 2.3, -0.7]

@@ -8,11 +8,12 @@ import unicodedata
 import numpy as np
 import pytest
 
-from verl_hpt import cli, table
+from verl_hpt import cli
 from verl_hpt.errors import UserError
 from verl_hpt.estimator import METHODS, Estimator, Method, Term
-from verl_hpt.explain import explain
 from verl_hpt.parts import PARTS, one, unit
+from verl_hpt.tools import methods as table
+from verl_hpt.tools.explain import explain
 
 A_ALONE = 1 - 1 / table.GROUP  # R − mean of the one right row of its group
 

@@ -10,18 +10,19 @@ from engine.batches import announce, contents, model_output, random_case, row_ba
 from test_questions import Letters, group, scored
 from verl_config import compose
 
-from verl_hpt import config, guard
-from verl_hpt.demo_columns import packed, unpacked
-from verl_hpt.demos import plain
+from verl_hpt import config
+from verl_hpt.demos.columns import packed, unpacked
+from verl_hpt.demos.encode import plain
 from verl_hpt.errors import UserError
 from verl_hpt.estimator import METHODS
-from verl_hpt.explain import explain
 from verl_hpt.gate import GateSettings
+from verl_hpt.host import refusals as guard
+from verl_hpt.host.batch import Reader, questions_of
+from verl_hpt.host.run import Run
 from verl_hpt.loss import ROW_FIELD, TEACHER, WEIGHTS, LossSpec, hpt_loss
-from verl_hpt.mixing import DEMO, PADDING, PlanSettings, plan
 from verl_hpt.normalize import relative
-from verl_hpt.questions import Reader, questions_of
-from verl_hpt.run import Run
+from verl_hpt.plan import DEMO, PADDING, PlanSettings, plan
+from verl_hpt.tools.explain import explain
 
 GROUPS = [([1, 0, 0], 2), ([0, 0, 0], 2), ([0, 0, 0], 1), ([1, 1, 0], 1)]
 OFF_POLICY = {"compose": {"demos": [{"kind": "R", "estimator": {"reference": "teacher", "advantage": "reward"}}]}}

@@ -13,9 +13,9 @@ from transformers import GenerationConfig, Qwen2Config
 from verl.utils import tensordict_utils as tu
 
 from verl_hpt.errors import UserError
+from verl_hpt.host.run import context_length
+from verl_hpt.host.trainer import ROLLOUTS
 from verl_hpt.lifecycle import SPARED
-from verl_hpt.run import context_length
-from verl_hpt.trainer import ROLLOUTS
 
 LIMIT = "data.max_response_length=4"
 

@@ -6,7 +6,7 @@ from verl.trainer.ppo.core_algos import kl_penalty
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl_config import compose
 
-from verl_hpt.run import Run
+from verl_hpt.host.run import Run
 
 
 def changed(*overrides: str) -> DictConfig:

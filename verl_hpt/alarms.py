@@ -17,7 +17,7 @@ from verl_hpt.errors import UserError
 from verl_hpt.gate import solved
 
 if TYPE_CHECKING:  # `verl-hpt report` reads the table below and needs no torch
-    from verl_hpt.mixing import PlanSettings, Question
+    from verl_hpt.plan import PlanSettings, Question
 
 logger = logging.getLogger(__name__)
 

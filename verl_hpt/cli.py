@@ -9,12 +9,18 @@ from verl_hpt import __version__
 from verl_hpt.errors import UserError
 
 COMMANDS = {
-    "explain": ("verl_hpt.explain", "CASE.json: what a method does to a small batch, with no model"),
-    "methods": ("verl_hpt.table", "the table of methods with formulas and sources; --plot FILE draws their weights"),
-    "doctor": ("verl_hpt.doctor", "check the installation; --ray also looks into a worker process"),
-    "data": ("verl_hpt.data", "convert, check, likelihood, eval-set: demonstrations before you spend a GPU hour"),
-    "history": ("verl_hpt.history_report", "CHECKPOINT: questions taught, graduated, forgotten, never solved"),
-    "report": ("verl_hpt.report", "RUN_DIR...: table, picture and summary of one or several runs"),
+    "explain": ("verl_hpt.tools.explain", "CASE.json: what a method does to a small batch, with no model"),
+    "methods": (
+        "verl_hpt.tools.methods",
+        "the table of methods with formulas and sources; --plot FILE draws weights",
+    ),
+    "doctor": ("verl_hpt.tools.doctor", "check the installation; --ray also looks into a worker process"),
+    "data": (
+        "verl_hpt.data.commands",
+        "convert, check, likelihood, eval-set: demonstrations before a GPU hour",
+    ),
+    "history": ("verl_hpt.tools.history", "CHECKPOINT: questions taught, graduated, forgotten, never solved"),
+    "report": ("verl_hpt.tools.report", "RUN_DIR...: table, picture and summary of one or several runs"),
 }
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from verl_hpt.demo_columns import DemoColumns
+from verl_hpt.demos.columns import DemoColumns
 from verl_hpt.errors import UserError, raise_all
 from verl_hpt.estimator import METHODS, OFF_ZONE, Method, Term, estimator_of
 from verl_hpt.gate import GATES, GateSettings

@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from verl_hpt import demos, history
+from verl_hpt import history
 from verl_hpt.config import Settings
+from verl_hpt.demos import encode as demos
 from verl_hpt.errors import UserError
 from verl_hpt.history import Draw, History
 from verl_hpt.history_file import FILE, OtherVersion
-from verl_hpt.mixing import DEMO, Plan, Question
+from verl_hpt.plan import DEMO, Plan, Question
 
 logger = logging.getLogger(__name__)
 SPARED = "hpt_spared"  # column of a drawn question: rollouts that the early gate did not sample

@@ -9,7 +9,7 @@ import numpy as np
 
 from verl_hpt import gate
 from verl_hpt.loss import P_EDGES, W_EDGES
-from verl_hpt.mixing import DEMO, PADDING, ROLLOUT, Plan, PlanSettings, Question
+from verl_hpt.plan import DEMO, PADDING, ROLLOUT, Plan, PlanSettings, Question
 
 QUANTILES = (0.1, 0.5, 0.9)
 SENT = "actor/hpt/"  # where verl puts what the loss returns

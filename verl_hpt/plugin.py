@@ -21,7 +21,7 @@ class TrainerFactory:
         config = kwargs["config"] if "config" in kwargs else args[0]
         if config.algorithm.adv_estimator != "hpt":
             return self.base(*args, **kwargs)
-        from verl_hpt.trainer import hybrid
+        from verl_hpt.host.trainer import hybrid
 
         return hybrid(self.base)(*args, **kwargs)
 
@@ -41,7 +41,7 @@ def _offer_trainer(v1):
 
 @wrapt.when_imported("verl.trainer.ppo.core_algos")
 def _offer_estimator(core_algos):
-    from verl_hpt.advantage import hpt_advantage
+    from verl_hpt.host.advantage import hpt_advantage
 
     core_algos.register_adv_est("hpt")(hpt_advantage)
 

@@ -18,10 +18,10 @@ import torch
 from measure import medians, table
 
 from verl_hpt.config import Demo
-from verl_hpt.demo_columns import row_demos, unpacked
-from verl_hpt.demos import EncodedDemo, plain
-from verl_hpt.questions import Reader
-from verl_hpt.run import Run
+from verl_hpt.demos.columns import row_demos, unpacked
+from verl_hpt.demos.encode import EncodedDemo, plain
+from verl_hpt.host.batch import Reader
+from verl_hpt.host.run import Run
 
 COLUMNS = ("token_weights", "teacher_log_prob")
 KINDS = {"lists": np.ndarray.tolist, "arrays": np.array, "tensors": torch.tensor}

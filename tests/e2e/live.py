@@ -68,7 +68,7 @@ def rollouts_as_json(trainer, batch) -> dict:
     return {"ours": [key for key in keys if key.startswith("hpt")], "keys": len(keys), "padding": padding} | columns
 
 
-@wrapt.when_imported("verl_hpt.trainer")
+@wrapt.when_imported("verl_hpt.host.trainer")
 def _switch(trainer):
     hybrid = trainer.hybrid
 

@@ -16,8 +16,8 @@ from cpu_run import Training, question
 from omegaconf import OmegaConf
 
 from verl_hpt.estimator import METHODS
-from verl_hpt.explain import explain
 from verl_hpt.loss import ROW_COLUMNS, ROW_FIELD, TEACHER, WEIGHTS
+from verl_hpt.tools.explain import explain
 
 HERE = Path(__file__).parent
 SERVED = ("ppo", "asft")

@@ -15,9 +15,9 @@ import torch
 from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 
-from verl_hpt.mixing import DEMO, PADDING, ROLLOUT, Plan, Question
-from verl_hpt.rows import token_fields
-from verl_hpt.run import Run
+from verl_hpt.host.rows import token_fields
+from verl_hpt.host.run import Run
+from verl_hpt.plan import DEMO, PADDING, ROLLOUT, Plan, Question
 
 TOKENS = ("prompts", "responses", "input_ids", "position_ids", "response_mask", "loss_mask")
 

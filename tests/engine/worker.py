@@ -29,7 +29,7 @@ from engine.settings import CUTS, SETTINGS, VOCABULARY, Cut, Setting
 from verl_hpt.estimator import METHODS
 from verl_hpt.gate import GateSettings
 from verl_hpt.loss import ROW_FIELD, LossSpec, hpt_loss
-from verl_hpt.mixing import Plan, PlanSettings, plan
+from verl_hpt.plan import Plan, PlanSettings, plan
 
 
 def worker_on(model: str) -> TrainingWorker:

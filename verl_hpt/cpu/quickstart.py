@@ -132,7 +132,7 @@ def write_model(directory: str, seed: int, max_length: int = 1024) -> int:
 
 def run(directory: str, command: list[str], steps: int, every: int) -> int:
     """Run a training whose log goes to train.log; print a line every few steps from its metrics.jsonl. Exit status."""
-    from verl_hpt.report import latest
+    from verl_hpt.tools.report import latest
 
     os.makedirs(directory, exist_ok=True)
     log_path, metrics_path = (os.path.join(directory, name) for name in ("train.log", "metrics.jsonl"))

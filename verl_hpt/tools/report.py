@@ -15,9 +15,9 @@ import os
 import re
 import sys
 
-from verl_hpt import report_answers
 from verl_hpt.alarms import ALARMS, PREFIX
 from verl_hpt.errors import UserError
+from verl_hpt.tools import answers as report_answers
 
 METRICS = "metrics.jsonl"
 LAST = 5  # validations whose mean the table gives

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from verl_hpt.data_keep import OURS, STANDARD, kept_columns, misfit, misfit_problem
-from verl_hpt.data_read import BadRow
-from verl_hpt.data_rows import as_messages
+from verl_hpt.data.keep import OURS, STANDARD, kept_columns, misfit, misfit_problem
+from verl_hpt.data.read import BadRow
+from verl_hpt.data.rows import as_messages
 from verl_hpt.errors import UserError
 
 _GROUP_BYTES = 16 * 2**20

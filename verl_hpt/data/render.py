@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from verl_hpt import demos as D
+from verl_hpt.demos import encode as D
 from verl_hpt.errors import UserError
 
 

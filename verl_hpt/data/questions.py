@@ -3,10 +3,10 @@
 import itertools
 from typing import Any
 
-from verl_hpt import demos as D
-from verl_hpt.data_read import BadRow, read_rows
-from verl_hpt.data_result import Result
-from verl_hpt.data_rows import Layout, detect, opened, question_text
+from verl_hpt.data.read import BadRow, read_rows
+from verl_hpt.data.result import Result
+from verl_hpt.data.rows import Layout, detect, opened, question_text
+from verl_hpt.demos import encode as D
 
 
 def form_problem(row: dict, prompt_key: str) -> tuple[str, str] | None:

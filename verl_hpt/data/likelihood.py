@@ -7,10 +7,10 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from verl_hpt import demos as D
-from verl_hpt.data_options import json_option
-from verl_hpt.data_read import BadRow
-from verl_hpt.data_render import Renderer
+from verl_hpt.data.options import json_option
+from verl_hpt.data.read import BadRow
+from verl_hpt.data.render import Renderer
+from verl_hpt.demos import encode as D
 from verl_hpt.errors import UserError
 
 _CHUNK = 512  # positions whose distributions over the vocabulary are held at once in float32

@@ -31,9 +31,9 @@ import torch
 from verl_hpt import config
 from verl_hpt.errors import UserError
 from verl_hpt.estimator import Method, row_terms
-from verl_hpt.mixing import DEMO, Plan, PlanSettings, Question, plan
 from verl_hpt.normalize import relative
 from verl_hpt.parts import RANGES, Constants, Tokens
+from verl_hpt.plan import DEMO, Plan, PlanSettings, Question, plan
 
 TOKEN_KEYS = ("log_prob", "old_log_prob", "ref_log_prob", "teacher_log_prob", "entropy", "advantage", "token_weights")
 ROW_KEYS = {"length", "reward", "other_log_prob", *TOKEN_KEYS}

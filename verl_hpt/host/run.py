@@ -11,14 +11,17 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from verl_hpt import __version__, advantage, config, demos, guard
+from verl_hpt import __version__, config
 from verl_hpt.alarms import Alarms
+from verl_hpt.demos import encode as demos
 from verl_hpt.errors import UserError, raise_all
 from verl_hpt.gate import always_demo
+from verl_hpt.host import advantage
+from verl_hpt.host import refusals as guard
+from verl_hpt.host.batch import Group, Reader
 from verl_hpt.lifecycle import SPARED, Lifecycle
 from verl_hpt.loss import ROW_COLUMNS, ROW_FIELD, TOKEN_FIELDS, LossSpec
-from verl_hpt.mixing import DEMO, Plan, PlanSettings
-from verl_hpt.questions import Group, Reader
+from verl_hpt.plan import DEMO, Plan, PlanSettings
 
 logger = logging.getLogger(__name__)
 SOURCE = "data_source"  # verl's column

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from verl_hpt import config, demos, mixing
-from verl_hpt.demo_columns import Demo, check_values, row_demos
+from verl_hpt import config
+from verl_hpt import plan as mixing
+from verl_hpt.demos import encode as demos
+from verl_hpt.demos.columns import Demo, check_values, row_demos
 from verl_hpt.errors import UserError
 from verl_hpt.lifecycle import SPARED, UNKNOWN, Past
-from verl_hpt.mixing import PlanSettings, Question
 from verl_hpt.normalize import relative
+from verl_hpt.plan import PlanSettings, Question
 
 logger = logging.getLogger(__name__)
 

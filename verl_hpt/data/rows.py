@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from typing import Any
 
-from verl_hpt.data_keep import OURS, carried
-from verl_hpt.data_read import BadRow, unwrap_hint
-from verl_hpt.demos import demonstrations, plain, stable_hash
+from verl_hpt.data.keep import OURS, carried
+from verl_hpt.data.read import BadRow, unwrap_hint
+from verl_hpt.demos.encode import demonstrations, plain, stable_hash
 from verl_hpt.reward import last_boxed, unboxed
 
 PROMPT_KEYS = ("prompt", "question", "problem", "query", "instruction", "input")

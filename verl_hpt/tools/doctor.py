@@ -24,7 +24,8 @@ PROBE = """
 import json, sys, warnings
 warnings.simplefilter("ignore")
 import verl
-from verl_hpt import __version__, host
+from verl_hpt import __version__
+from verl_hpt.host import contract as host
 import verl.trainer.ppo.core_algos as algos
 import verl.trainer.ppo.v1 as v1
 print("\\n" + json.dumps({
@@ -61,8 +62,8 @@ def _packages() -> list[str]:
             print(f"  {name} {version(name)}")
         except PackageNotFoundError:
             continue
-    from verl_hpt import host
     from verl_hpt.errors import UserError
+    from verl_hpt.host import contract as host
 
     try:
         host.verl_version()

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from verl_hpt.data_read import BadRow
-from verl_hpt.demos import plain
+from verl_hpt.data.read import BadRow
+from verl_hpt.demos.encode import plain
 from verl_hpt.errors import UserError
 
 STANDARD = ("data_source", "ability", "reward_model", "prompt", "target")

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from verl_hpt.data_keep import OURS, STANDARD, parse_keep
-from verl_hpt.data_read import BadRow, count_rows, read_rows
-from verl_hpt.data_rows import (
+from verl_hpt.data.keep import OURS, STANDARD, parse_keep
+from verl_hpt.data.read import BadRow, count_rows, read_rows
+from verl_hpt.data.rows import (
     CHAT_KEYS,
     DEMO_KEYS,
     FORMATS,
@@ -30,8 +30,8 @@ from verl_hpt.data_rows import (
     to_verl,
     used_fields,
 )
-from verl_hpt.data_write import Writer, schema_of
-from verl_hpt.demos import plain
+from verl_hpt.data.write import Writer, schema_of
+from verl_hpt.demos.encode import plain
 from verl_hpt.errors import UserError
 
 _PEEK = 500  # rows looked at before the columns' types are settled

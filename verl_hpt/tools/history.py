@@ -14,7 +14,7 @@ import os
 
 import numpy as np
 
-from verl_hpt import demos
+from verl_hpt.demos import encode as demos
 from verl_hpt.errors import UserError
 from verl_hpt.history import LISTINGS, History, prompt_number
 from verl_hpt.history_file import FILE

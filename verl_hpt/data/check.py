@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from verl_hpt import demos as D
-from verl_hpt.data_grade import load_reward
-from verl_hpt.data_options import check_options, json_option
-from verl_hpt.data_questions import Questions, form_problem
-from verl_hpt.data_read import BadRow, count_rows, file_kind, read_rows
-from verl_hpt.data_render import Renderer, difference
-from verl_hpt.data_result import Finding, Result
-from verl_hpt.data_rows import CHAT_KEYS, DEMO_KEYS, PROMPT_KEYS, Layout, Options, detect, opened, to_verl
-from verl_hpt.demo_columns import Demo, DemoColumns, check_values, row_demos
+from verl_hpt.data.grade import load_reward
+from verl_hpt.data.options import check_options, json_option
+from verl_hpt.data.questions import Questions, form_problem
+from verl_hpt.data.read import BadRow, count_rows, file_kind, read_rows
+from verl_hpt.data.render import Renderer, difference
+from verl_hpt.data.result import Finding, Result
+from verl_hpt.data.rows import CHAT_KEYS, DEMO_KEYS, PROMPT_KEYS, Layout, Options, detect, opened, to_verl
+from verl_hpt.demos import encode as D
+from verl_hpt.demos.columns import Demo, DemoColumns, check_values, row_demos
 
 _BATCH = 256  # rows graded and tokenised together
 _AS_TEXT = {*CHAT_KEYS, *PROMPT_KEYS, *DEMO_KEYS, "reward_model"}  # fields that convert reads where they hold JSON text
@@ -38,7 +38,7 @@ def run_check(args: argparse.Namespace) -> int:
     check_options(args)
     with contextlib.redirect_stdout(sys.stderr if args.json == "-" else sys.stdout):  # a grader may print
         result = check(args)
-    from verl_hpt.data_report import as_json, draw, text
+    from verl_hpt.data.report import as_json, draw, text
 
     if args.report:
         draw(result, args.report, args.max_response_length)
@@ -95,7 +95,7 @@ def check(args: argparse.Namespace) -> Result:
     for path in args.val:
         questions.check_leak(result, path, args.prompt_key or "prompt")
     if args.model:
-        from verl_hpt.data_likelihood import Likelihood
+        from verl_hpt.data.likelihood import Likelihood
 
         ask, beyond = Likelihood(args.model), 0
         for prompt, demo in likely:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from verl_hpt.demos import EncodedDemo, Unusable, demonstrations, plain
+from verl_hpt.demos.encode import EncodedDemo, Unusable, demonstrations, plain
 
 _PACKED = "verl-hpt packed: "  # what a text of ours begins with
 PER_TOKEN = ("teacher_log_prob", "token_weights")

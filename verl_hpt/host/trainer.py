@@ -26,16 +26,17 @@ from verl.trainer.ppo.core_algos import kl_penalty
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.transferqueue_utils import kv_batch_meta2batch_meta
 
-from verl_hpt import demos, host
-from verl_hpt.demo_columns import packed, unpacked
+from verl_hpt.demos import encode as demos
+from verl_hpt.demos.columns import packed, unpacked
 from verl_hpt.errors import UserError
+from verl_hpt.host import contract as host
+from verl_hpt.host.batch import Candidate, Group, Scored, gate_metric, group_rows, identity, questions_of, row_sums
+from verl_hpt.host.rows import ENGINE_FIELDS, OwnRow, padding_row, token_fields
+from verl_hpt.host.run import Run, question_name
 from verl_hpt.lifecycle import SPARED
 from verl_hpt.loss import hpt_loss
 from verl_hpt.metrics import of_plan, of_update
-from verl_hpt.mixing import DEMO, PADDING, Plan, Question, plan
-from verl_hpt.questions import Candidate, Group, Scored, gate_metric, group_rows, identity, questions_of, row_sums
-from verl_hpt.rows import ENGINE_FIELDS, OwnRow, padding_row, token_fields
-from verl_hpt.run import Run, question_name
+from verl_hpt.plan import DEMO, PADDING, Plan, Question, plan
 
 ROLLOUTS = "__rollout_n__"  # verl's column: rollouts of a question, where they differ
 

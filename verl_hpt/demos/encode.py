@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from verl_hpt.demo_choice import SELECTORS, select, stable_hash
+from verl_hpt.demos.select import SELECTORS, select, stable_hash
 
 __all__ = [
     "REASONS",

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from verl_hpt.data_result import Result
+from verl_hpt.data.result import Result
 
 _BAR = 40  # characters of the longest bar
 _SHOWN_PROMPT, _SHOWN_START, _SHOWN_END = 12, 24, 8  # tokens of a demonstration shown one by one

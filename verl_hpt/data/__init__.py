@@ -1,0 +1,1 @@
+"""`verl-hpt data`: files of demonstrations, before a GPU hour is spent."""

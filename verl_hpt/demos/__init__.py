@@ -1,0 +1,1 @@
+"""What a demonstration is, from a dataset's cell to tokens. Knows nothing of verl."""

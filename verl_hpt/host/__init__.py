@@ -1,0 +1,1 @@
+"""All that knows verl; the rooms around it do not."""
