@@ -3,11 +3,10 @@
 Put the file on PYTHONPATH and train with ++hpt.modules=[example_method] ++hpt.method=squared.
 """
 
-from verl_hpt import parts
-from verl_hpt.estimator import METHODS, Estimator, Method, Term, register_method
+from verl_hpt import METHODS, Estimator, Method, Term, part, parts, register_method
 
 
-@parts.part("likelihood")
+@part("likelihood")
 def squared(tokens):
     """f(p) = p²/2, so f/p = p/2 and f' = p; over π_ref = 1 a token's weight is p·f' = p²."""
     p = tokens.log_prob.exp()

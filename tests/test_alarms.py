@@ -7,8 +7,8 @@ import pytest
 
 from verl_hpt.alarms import ALARMS, FILE, PREFIX, Alarms
 from verl_hpt.errors import UserError
-from verl_hpt.estimator import METHODS
 from verl_hpt.gate import GateSettings
+from verl_hpt.methods import METHODS
 from verl_hpt.plan import PlanSettings, Question
 
 QUIET = {

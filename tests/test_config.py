@@ -10,8 +10,9 @@ import pytest
 from verl_hpt import config, parts
 from verl_hpt.config import Schedule, load, resolve_method
 from verl_hpt.errors import UserError
-from verl_hpt.estimator import METHODS, Estimator, Method, Term
+from verl_hpt.estimator import Estimator, Method, Term
 from verl_hpt.gate import GATES, Decision, decide
+from verl_hpt.methods import METHODS
 from verl_hpt.parts import RANGES, Constants
 from verl_hpt.typed import WRONG, build
 

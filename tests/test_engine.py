@@ -18,9 +18,10 @@ import torch
 from engine.batches import Case, Content, announce, contents, model_output, row_batch, whole
 from engine.settings import CUTS, SETTINGS, VOCABULARY
 
-from verl_hpt.estimator import METHODS
 from verl_hpt.gate import GateSettings
-from verl_hpt.loss import LossSpec, hpt_loss
+from verl_hpt.host.loss_fn import hpt_loss
+from verl_hpt.loss import LossSpec
+from verl_hpt.methods import METHODS
 from verl_hpt.plan import DEMO, PADDING, ROLLOUT, PlanSettings, Question, plan
 
 RANKS = (1, 2)

@@ -6,9 +6,10 @@ import torch
 from engine.batches import announce, contents, model_output, random_case, row_batch, whole
 from verl.trainer.ppo.core_algos import kl_penalty
 
-from verl_hpt.estimator import METHODS
 from verl_hpt.gate import GateSettings
-from verl_hpt.loss import ROW_FIELD, LossSpec, hpt_loss
+from verl_hpt.host.loss_fn import hpt_loss
+from verl_hpt.loss import ROW_FIELD, LossSpec
+from verl_hpt.methods import METHODS
 from verl_hpt.plan import PlanSettings, plan
 
 GROUPS = [([1, 0, 0], 1), ([0, 0, 0], 2), ([1, 1, 0], 1), ([0, 0], 1)]

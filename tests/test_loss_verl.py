@@ -10,9 +10,10 @@ from verl.trainer.ppo.core_algos import get_adv_estimator_fn, kl_penalty
 from verl.workers.config import ActorConfig, PolicyLossConfig
 from verl.workers.utils.losses import ppo_loss, sft_loss
 
-from verl_hpt.estimator import METHODS
 from verl_hpt.gate import GateSettings
-from verl_hpt.loss import ROW_FIELD, LossSpec, hpt_loss
+from verl_hpt.host.loss_fn import hpt_loss
+from verl_hpt.loss import ROW_FIELD, LossSpec
+from verl_hpt.methods import METHODS
 from verl_hpt.parts import Constants
 from verl_hpt.plan import DEMO, PADDING, PlanSettings, plan
 

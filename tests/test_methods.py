@@ -7,7 +7,8 @@ from reference.cases import random_case
 from reference.losses import gradients
 
 from verl_hpt import parts
-from verl_hpt.estimator import METHODS, Estimator, Method, Term, register_method
+from verl_hpt.estimator import Estimator, Method, Term
+from verl_hpt.methods import METHODS, register_method
 from verl_hpt.normalize import NORMALIZATIONS
 from verl_hpt.tools.explain import explain
 

@@ -5,8 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from verl_hpt.estimator import METHODS
 from verl_hpt.loss import P_EDGES, SUMS, W_EDGES
+from verl_hpt.methods import METHODS
 from verl_hpt.metrics import SENT, of_plan, of_update, quantile
 from verl_hpt.plan import PlanSettings, Question, plan
 

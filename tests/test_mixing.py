@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from verl_hpt.estimator import METHODS
 from verl_hpt.gate import GateSettings
+from verl_hpt.methods import METHODS
 from verl_hpt.plan import DEMO, PADDING, ROLLOUT, PlanSettings, Question, plan
 
 

@@ -8,9 +8,9 @@ import pytest
 
 from verl_hpt.config import Demo
 from verl_hpt.errors import UserError
-from verl_hpt.estimator import METHODS
 from verl_hpt.host.batch import Group, Reader, Scored, group_rows, identity, questions_of, row_sums
 from verl_hpt.lifecycle import Past
+from verl_hpt.methods import METHODS
 from verl_hpt.plan import PlanSettings
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from verl_hpt import config
 from verl_hpt.alarms import ALARMS
 from verl_hpt.cli import COMMANDS
-from verl_hpt.estimator import METHODS
+from verl_hpt.methods import METHODS
 from verl_hpt.tools.explain import explain
 
 ROOT = Path(__file__).parents[1]

@@ -7,9 +7,9 @@ from test_questions import group, reader, scored
 from verl_hpt import gate
 from verl_hpt.config import load
 from verl_hpt.errors import UserError
-from verl_hpt.estimator import METHODS
 from verl_hpt.gate import GateSettings
 from verl_hpt.host.batch import gate_metric, questions_of, row_sums
+from verl_hpt.methods import METHODS
 from verl_hpt.metrics import of_rollouts
 from verl_hpt.plan import DEMO, ROLLOUT, PlanSettings, Question, plan
 from verl_hpt.tools.explain import explain

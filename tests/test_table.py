@@ -10,7 +10,8 @@ import pytest
 
 from verl_hpt import cli
 from verl_hpt.errors import UserError
-from verl_hpt.estimator import METHODS, Estimator, Method, Term
+from verl_hpt.estimator import Estimator, Method, Term
+from verl_hpt.methods import METHODS
 from verl_hpt.parts import PARTS, one, unit
 from verl_hpt.tools import methods as table
 from verl_hpt.tools.explain import explain

@@ -14,12 +14,13 @@ from verl_hpt import config
 from verl_hpt.demos.columns import packed, unpacked
 from verl_hpt.demos.encode import plain
 from verl_hpt.errors import UserError
-from verl_hpt.estimator import METHODS
 from verl_hpt.gate import GateSettings
 from verl_hpt.host import refusals as guard
 from verl_hpt.host.batch import Reader, questions_of
+from verl_hpt.host.loss_fn import hpt_loss
 from verl_hpt.host.run import Run
-from verl_hpt.loss import ROW_FIELD, TEACHER, WEIGHTS, LossSpec, hpt_loss
+from verl_hpt.loss import ROW_FIELD, TEACHER, WEIGHTS, LossSpec
+from verl_hpt.methods import METHODS
 from verl_hpt.normalize import relative
 from verl_hpt.plan import DEMO, PADDING, PlanSettings, plan
 from verl_hpt.tools.explain import explain

@@ -31,9 +31,10 @@ from verl_hpt.cpu.quickstart import byte_tokenizer
 from verl_hpt.demos.columns import packed
 from verl_hpt.errors import UserError
 from verl_hpt.history_file import FILE
+from verl_hpt.host.loss_fn import hpt_loss
 from verl_hpt.host.trainer import ROLLOUTS, RowTemperature, hybrid, settings_for_now
 from verl_hpt.lifecycle import SPARED
-from verl_hpt.loss import ROW_COLUMNS, ROW_FIELD, TEACHER, WEIGHTS, hpt_loss
+from verl_hpt.loss import ROW_COLUMNS, ROW_FIELD, TEACHER, WEIGHTS
 from verl_hpt.plan import PADDING
 
 ACTOR, ROLL, REF = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.ref"

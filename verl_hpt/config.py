@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 from verl_hpt.demos.columns import DemoColumns
 from verl_hpt.errors import UserError, raise_all
-from verl_hpt.estimator import METHODS, OFF_ZONE, Method, Term, estimator_of
+from verl_hpt.estimator import Method, Term
 from verl_hpt.gate import GATES, GateSettings
+from verl_hpt.methods import METHODS, OFF_ZONE, estimator_of
 from verl_hpt.normalize import NORMALIZATIONS
 from verl_hpt.parts import RANGES, Constants
 from verl_hpt.typed import WRONG, build, nearest

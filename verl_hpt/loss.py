@@ -1,21 +1,18 @@
-"""The actor's loss, in verl's place for it: ``actor_rollout_wg.set_loss_fn(partial(hpt_loss, spec=...))``.
+"""The loss: tensors in, the loss and its sums by name out. verl's protocol around it is ``host.loss_fn``.
 
-The driver gave each row its weights; the worker multiplies, sums and scales by ``dp_size``, on every engine (FSDP
-averages gradients over ranks, Megatron's engine applies its own micro-batch scaling). So the result cannot depend on
-micro-batches, dynamic batch sizes, ranks, padding, Ulysses or ``ppo_epochs``. With coefficients under stop-gradient,
-the gradient of one token is −(w_rl·c_rl + w_demo·c_demo)·∇ log π_θ; entropy bonus and KL loss act on RL rollouts alone,
-with their RL weights.
+The driver gave each row its weights; the loss multiplies and sums. So the result cannot depend on micro-batches,
+dynamic batch sizes, ranks, padding, Ulysses or ``ppo_epochs``. With coefficients under stop-gradient, the gradient of
+one token is −(w_rl·c_rl + w_demo·c_demo)·∇ log π_θ; entropy bonus and KL loss act on RL rollouts alone, with their RL
+weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from verl.utils.metric import AggregationType, Metric
-from verl.workers.utils.padding import no_padding_2_padding
 
 from verl_hpt.estimator import Method, RowTerms, row_terms
 from verl_hpt.parts import Constants, Tokens
@@ -60,28 +57,16 @@ class LossSpec:
     kl_penalty: Callable | None = None  # verl's, handed in
 
 
-def hpt_loss(model_output, data, dp_group=None, *, spec: LossSpec):
-    """verl's loss function protocol. Returns the loss, a scalar on the graph, and metrics as sums.
+def loss_and_sums(
+    log_prob: Tensor, entropy: Tensor | None, mask: Tensor, column: Mapping[str, Tensor], rows: Mapping, spec: LossSpec
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a block of rows, on the graph of ``log_prob`` and ``entropy``, and its sums by name.
 
-    Raises:
-        KeyError: a promised field is absent; names it.
+    Args:
+        log_prob, entropy: (rows, response_len), what the model says now; entropy None where nothing reads it.
+        mask: (rows, response_len) bool, tokens that the row's author wrote.
+        column: ``ROW_COLUMNS`` by name, (rows, 1) each. rows: the other fields of ``spec.fields``, padded.
     """
-    log_prob = no_padding_2_padding(model_output["log_probs"], data)
-    entropy = model_output.get("entropy")
-    wanted = "entropy" in spec.method.needs or spec.entropy_coeff != 0
-    present = set(data.keys())
-    missing = [name for name in spec.fields if name not in present]
-    if missing or (wanted and entropy is None):
-        missing += ["entropy"] if wanted and entropy is None else []
-        raise KeyError(f"the actor update lacks the field(s) {', '.join(missing)}; it has {', '.join(sorted(present))}")
-    log_prob = log_prob if log_prob.dtype == torch.float64 else log_prob.float()
-    entropy = None if entropy is None or not wanted else no_padding_2_padding(entropy, data).to(log_prob.dtype)
-
-    of_row = data[ROW_FIELD]
-    of_row = (of_row.values() if of_row.is_nested else of_row).reshape(len(data), len(ROW_COLUMNS), 1)
-    column = dict(zip(ROW_COLUMNS, of_row.to(log_prob.dtype).unbind(1), strict=True))
-    rows = data.select(*(name for name in spec.fields if name != ROW_FIELD)).to_padded_tensor()
-    mask = rows.pop("response_mask").bool()
     off = ~mask
 
     def blanked(x: Tensor) -> Tensor:
@@ -107,21 +92,18 @@ def hpt_loss(model_output, data, dp_group=None, *, spec: LossSpec):
     if "rollout_is_weights" in spec.fields:
         w_rl = w_rl * torch.where(is_demo, torch.ones_like(w_rl), blanked(rows["rollout_is_weights"]))
     of_tokens = blanked(rows[WEIGHTS]) if WEIGHTS in spec.fields else mask
-    del rows
     loss, sums = _sum(log_prob, tokens, terms, column, w_rl, of_tokens)
-    names = SUMS
+    named = dict(zip(SUMS, torch.cat([x.reshape(-1).to(loss.dtype) for x in sums]).unbind(), strict=True))
     if spec.entropy_coeff:
         bonus = Weighted.apply(entropy, (column["w_entropy"] * tokens.entropy).sum(), column["w_entropy"] * mask)
         loss = loss - spec.entropy_coeff * bonus
-        names, sums = (*names, "entropy_bonus"), [*sums, bonus.detach()]
+        named["entropy_bonus"] = bonus.detach()
     if spec.kl_coef:
         kl = spec.kl_penalty(log_prob.masked_fill(off, 0.0), tokens.ref_log_prob, spec.kl_type)
         kl = (torch.where(is_demo, torch.zeros_like(w_rl), w_rl) * kl * mask).sum()
         loss = loss + spec.kl_coef * kl
-        names, sums = (*names, "kl_loss"), [*sums, kl.detach()]
-    scale = float(data["dp_size"])
-    numbers = (torch.cat([x.reshape(-1).to(loss.dtype) for x in sums]) * scale).tolist()  # one transfer
-    return loss * scale, {f"hpt/{n}": Metric(AggregationType.SUM, x) for n, x in zip(names, numbers, strict=True)}
+        named["kl_loss"] = kl.detach()
+    return loss, named
 
 
 class Weighted(torch.autograd.Function):

@@ -26,8 +26,9 @@ from verl.trainer.ppo.core_algos import kl_penalty
 from verl.workers.config import ActorConfig
 from verl.workers.utils.losses import ppo_loss
 
-from verl_hpt.estimator import METHODS
-from verl_hpt.loss import ROW_COLUMNS, ROW_FIELD, LossSpec, hpt_loss
+from verl_hpt.host.loss_fn import hpt_loss
+from verl_hpt.loss import ROW_COLUMNS, ROW_FIELD, LossSpec
+from verl_hpt.methods import METHODS
 
 PROMPT = 64
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -40,10 +40,10 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from verl_hpt.cpu.quickstart import byte_tokenizer
-from verl_hpt.estimator import METHODS
 from verl_hpt.host import contract as host
 from verl_hpt.host.run import Run
 from verl_hpt.host.trainer import hybrid
+from verl_hpt.methods import METHODS
 from verl_hpt.plan import PADDING, PlanSettings, Question, plan
 
 PARTITION, RANKS, PROMPT = "train", 8, 128

@@ -27,8 +27,9 @@ from loss import micro_batch
 from measure import medians, table
 from verl.utils import tensordict_utils as tu
 
-from verl_hpt.estimator import METHODS
-from verl_hpt.loss import ROW_FIELD, LossSpec, hpt_loss
+from verl_hpt.host.loss_fn import hpt_loss
+from verl_hpt.loss import ROW_FIELD, LossSpec
+from verl_hpt.methods import METHODS
 
 VOCABULARY = 4096
 

@@ -115,7 +115,7 @@ def _switch(trainer):
     trainer.hybrid = live
 
 
-@wrapt.when_imported("verl_hpt.loss")
+@wrapt.when_imported("verl_hpt.host.loss_fn")
 def _record(loss):
     inner = loss.hpt_loss
 

@@ -15,8 +15,8 @@ import torch
 from cpu_run import Training, question
 from omegaconf import OmegaConf
 
-from verl_hpt.estimator import METHODS
 from verl_hpt.loss import ROW_COLUMNS, ROW_FIELD, TEACHER, WEIGHTS
+from verl_hpt.methods import METHODS
 from verl_hpt.tools.explain import explain
 
 HERE = Path(__file__).parent

@@ -26,9 +26,10 @@ from verl.workers.engine_workers import TrainingWorker
 
 from engine.batches import Case, contents, random_case, row_batch
 from engine.settings import CUTS, SETTINGS, VOCABULARY, Cut, Setting
-from verl_hpt.estimator import METHODS
 from verl_hpt.gate import GateSettings
-from verl_hpt.loss import ROW_FIELD, LossSpec, hpt_loss
+from verl_hpt.host.loss_fn import hpt_loss
+from verl_hpt.loss import ROW_FIELD, LossSpec
+from verl_hpt.methods import METHODS
 from verl_hpt.plan import Plan, PlanSettings, plan
 
 

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from verl_hpt.errors import UserError
-from verl_hpt.estimator import METHODS, Estimator, Method, row_terms
+from verl_hpt.estimator import Estimator, Method, row_terms
+from verl_hpt.methods import METHODS
 from verl_hpt.parts import Tokens
 
 WIDTH = 120
