@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All tests, on a fresh machine too: makes .venv as the CPU recipes do, checks style, runs pytest.
+# All tests, on a fresh machine too: makes .venv as the CPU recipes do, checks style and layers, runs pytest.
 #
 #   bash tests/run.sh                       # everything, real trainings included
 #   bash tests/run.sh --ignore=tests/e2e    # without the trainings; arguments go to pytest
@@ -16,4 +16,5 @@ cpu_install
 export PATH=$venv/bin:$PATH HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=0
 ruff check .
 ruff format --check .
+lint-imports
 python -m pytest -q --durations=15 "$@"
