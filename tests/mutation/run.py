@@ -8,7 +8,7 @@
 Mutants are cosmic-ray's, by the operators named in ``operators.py``, and a few of our own. cosmic-ray starts a process
 for each, which costs ten seconds of imports here; so one warm process imports torch and verl, without the plugin, and
 forks a child for each mutant. The child works in a copy of the tree in which one module is mutated, and runs the tests
-that ``[tool.verl_hpt.mutation]`` in pyproject.toml names for it (and ``tests/test_<module>.py``), up to the first
+that ``[tool.verl_hpt.mutation]`` in pyproject.toml names for it (and ``tests/test_<its name>.py``), up to the first
 failure, those that run the changed line first. Before a module's first mutant they run once unmutated: they must pass,
 and their time gives the limit.
 
@@ -107,7 +107,7 @@ def arguments() -> argparse.Namespace:
 
 
 def tests_of(module: str, table: dict[str, list[str]]) -> list[str]:
-    own = f"tests/test_{module}.py"
+    own = f"tests/test_{Path(module).name}.py"
     return list(dict.fromkeys([*([own] if (ROOT / own).exists() else []), *table.get(module, [])]))
 
 
@@ -215,7 +215,7 @@ def write(copy: Path, module: str, source: str) -> None:
     """The module's source, without what was compiled of another (compared by length and second only)."""
     target = copy / f"verl_hpt/{module}.py"
     target.write_text(source, encoding="utf-8")
-    for compiled in target.parent.glob(f"__pycache__/{module}.*"):
+    for compiled in target.parent.glob(f"__pycache__/{target.stem}.*"):
         compiled.unlink()
 
 

@@ -188,7 +188,7 @@ def test_a_method_of_your_own_trains_by_its_name_and_stands_in_the_table(own_met
 
 
 def test_the_example_is_one_function_and_one_row():
-    with open(__file__.replace("test_table.py", "example_method.py")) as file:
+    with open(__file__.replace("test_methods_table.py", "example_method.py")) as file:
         text = file.read()
     code = [line for line in text.split('"""', 2)[2].splitlines() if line.strip() and "import" not in line]
     assert len(code) <= 10
