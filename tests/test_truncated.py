@@ -10,6 +10,7 @@ from batches import EOS, PARTITION, Rollouts, keys_there, make_trainer, transfer
 from tensordict import TensorDict
 from tiny_run import make_run
 from transformers import GenerationConfig, Qwen2Config
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
 
 from verl_hpt.errors import UserError
@@ -200,8 +201,7 @@ def test_the_batch_that_is_sampled_says_how_many_and_a_lone_rollout_has_no_advan
         },
         batch_size=2,
     )
-    base = type(trainer).__mro__[1]
-    monkeypatch.setattr(base, "_next_train_batch", lambda self, *args, **kwargs: drawn)
+    monkeypatch.setattr(PPOTrainerSync, "_next_train_batch", lambda self, *args, **kwargs: drawn)
     batch = trainer._next_train_batch()
     assert [batch[i][ROLLOUTS] for i in range(2)] == [1, 1] and [batch[i][SPARED] for i in range(2)] == [3, 3]
     # Its demonstration turns out unusable: the lone rollout stays, and its raw reward is no advantage.
