@@ -295,5 +295,5 @@ def every_row_is_scored_at_its_own_temperature(folder: Path) -> None:
             n, old = int(sum(mask)), first["old_log_probs"][place]
             if n and any(old[:n]):  # methods that read no old log-probs of demonstrations have zeros there
                 assert first["log_prob"][place][:n] == pytest.approx(old[:n], abs=2e-5)
-                compared[first["temperature"][place] if "temperature" in first else 0.8] += 1
+                compared[round(first["temperature"][place], 3) if "temperature" in first else 0.8] += 1
     assert min(compared.values()) > 0, compared
