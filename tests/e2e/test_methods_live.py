@@ -106,8 +106,10 @@ def check(training: Training, methods: list[str]) -> None:
         # A step whose groups all agree has no gradient, and there are such steps; never three in a row.
         norms = [metrics[s]["actor/grad_norm"] for s in steps if "actor/grad_norm" in metrics[s]]
         assert all(0 <= norm < float("inf") for norm in norms) and max(norms) > 0, name
+        # One rollout a question is sampled where all are on demonstrations: a session that fails takes its question.
+        fewest = 1 if name == "hpt gate.threshold=1" else 4
         for s in steps:
-            assert metrics[s]["hpt/questions"] == 4 if "hpt/questions" in metrics[s] else s == 1
+            assert fewest <= metrics[s]["hpt/questions"] <= 4 if "hpt/questions" in metrics[s] else s == 1
         after = weights(training, (turn + 1) * STEPS)
         assert torch.isfinite(after).all()
         assert before is None or (after - before).abs().max() > 0, f"{name} left every parameter as it was"
@@ -293,5 +295,5 @@ def every_row_is_scored_at_its_own_temperature(folder: Path) -> None:
             n, old = int(sum(mask)), first["old_log_probs"][place]
             if n and any(old[:n]):  # methods that read no old log-probs of demonstrations have zeros there
                 assert first["log_prob"][place][:n] == pytest.approx(old[:n], abs=2e-5)
-                compared[first["temperature"][place] if "temperature" in first else 0.8] += 1
+                compared[round(first["temperature"][place], 3) if "temperature" in first else 0.8] += 1
     assert min(compared.values()) > 0, compared
