@@ -41,6 +41,28 @@ LEANED_ON = (
     ("transfer_queue", "KVBatchMeta", ("keys", "tags", "partition_id", "fields", "extra_info"), "the update's batch"),
 )
 
+# module, attribute path, a piece of its source, why: keys, tags, columns and conventions that no signature shows.
+_TRAINER, _LOOP = "verl.trainer.ppo.v1.trainer_base", "verl.trainer.ppo.v1.agent_loop_tq"
+CONVENTIONS = (
+    (_LOOP, "AgentLoopWorkerTQ._agent_loop_postprocess", 'f"{uid}_{session_id}_{i}"', "rows are grouped by their keys"),
+    (_LOOP, "", '"__rollout_n__"', "a question's own number of rollouts"),
+    (_LOOP, "AgentLoopWorkerTQ._agent_loop_postprocess", '"loss_mask"', "tokens that learn, before any rejection"),
+    ("verl.experimental.agent_loop.agent_loop", "AgentLoopOutput", '"rm_scores"', "scores, a number a token"),
+    ("verl.experimental.agent_loop.agent_loop", "AgentLoopWorker", "np.array([v] * n)", "why columns are packed"),
+    ("verl.trainer.ppo.padding_utils", "", "is_padding=True", "verl's own padding rows are left out"),
+    (_TRAINER, "PPOTrainer._balance_batch", "dp", "rows are balanced before they come to us"),
+    (_TRAINER, "PPOTrainer._get_required_batch_multiple", "ppo_mini_batch_size", "why verl pads"),
+    (_TRAINER, "PPOTrainer", "_query_dispatch_info", "data-parallel ranks of the actor"),
+    (_TRAINER, "PPOTrainer._init_dataloader", "collate_fn=collate_fn", "columns are packed as rows are collated"),
+    (_TRAINER, "PPOTrainer._update_actor", "ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n",
+     "rows of an optimizer step"),
+    (_TRAINER, "PPOTrainer._update_actor", "batch.extra_info.update(", "a temperature a row"),
+    (_TRAINER, "PPOTrainer._update_actor", '"actor/"', "where the loss's sums arrive"),
+    (_TRAINER, "PPOTrainer._save_checkpoint", "global_step_", "the folder of a checkpoint"),
+    ("verl.utils.dataset.rl_dataset", "RLHFDataset", "self.dataframe", "columns of the training data"),
+    ("verl.workers.utils.losses", "ppo_loss", 'data["dp_size"]', "scale of the loss"),
+)  # fmt: skip
+
 
 def verl_version() -> str:
     """Raises UserError: verl is not installed, or not a version that this release knows."""
@@ -56,7 +78,7 @@ def verl_version() -> str:
 
 
 def missing() -> list[str]:
-    """Names of ``LEANED_ON`` that this installation lacks, each with why it matters."""
+    """What of ``LEANED_ON`` and ``CONVENTIONS`` this installation lacks, each with why it matters."""
     lacking = []
     for module, path, parameters, why in LEANED_ON:
         try:
@@ -70,6 +92,17 @@ def missing() -> list[str]:
             continue
         if gone:
             lacking.append(f"{module}.{path} ({why}): has no parameter {', '.join(gone)}")
+    for module, path, text, why in CONVENTIONS:
+        try:
+            target = importlib.import_module(module)
+            for name in filter(None, path.split(".")):
+                target = getattr(target, name)
+            there = text in inspect.getsource(target)
+        except (ImportError, AttributeError, TypeError, OSError) as error:
+            lacking.append(f"{module}.{path} ({why}): {error}")
+            continue
+        if not there:
+            lacking.append(f"{module}.{path} ({why}): its source has no {text}")
     return lacking
 
 
