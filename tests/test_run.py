@@ -9,11 +9,11 @@ from tiny_run import make_run
 from verl.trainer.ppo.core_algos import kl_penalty
 
 from verl_hpt.cpu.quickstart import byte_tokenizer
+from verl_hpt.demos import stop_ids
 from verl_hpt.errors import UserError
 from verl_hpt.gate import GateSettings
 from verl_hpt.loss import ROW_COLUMNS, ROW_FIELD, TEACHER, WEIGHTS
 from verl_hpt.mixing import DEMO, PADDING, ROLLOUT, PlanSettings, Question, plan
-from verl_hpt.run import stop_ids
 
 ACTOR, ROLL, REF = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.ref"
 TEACHER_METHOD = "++hpt.compose={demos: [{kind: R, estimator: {reference: teacher, advantage: reward}}]}"

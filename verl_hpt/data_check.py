@@ -67,7 +67,9 @@ def check(args: argparse.Namespace) -> Result:
             max_length=args.max_response_length,
             kwargs=kwargs,
         )
-        _check_eos(result, render)
+        if render.eos_problem is not None:
+            message = "demonstrations would end with a token at which rollouts do not stop"
+            result.found("eos", message, 0, "eos", f"{render.eos_problem} (--eos)")
     elif args.token_weights_key or args.teacher_log_prob_key:
         result.notes.append("columns with a value a token are compared with its tokens only with --tokenizer")
     if args.reward not in (None, "shipped"):
@@ -110,13 +112,6 @@ def check(args: argparse.Namespace) -> Result:
     result.questions = len(questions.known)
     _judge(result, args)
     return result
-
-
-def _check_eos(result: Result, render: Renderer) -> None:
-    stops = render.stops()
-    if stops is not None and render.eos_id not in stops:
-        detail = f"token {render.eos_id}; generation_config.json stops at {sorted(stops)}: set hpt.demo.eos (--eos)"
-        result.found("eos", "demonstrations would end with a token at which rollouts do not stop", 0, "eos", detail)
 
 
 def _verl_rows(args: argparse.Namespace, result: Result, columns: DemoColumns) -> Iterator[tuple[int, dict]]:
@@ -173,7 +168,7 @@ class _Item:
     values: dict
     demo: Demo | None
     text: str | None = None
-    prompt: str | None = None
+    prompt: list[int] | None = None
     think_tail: str | None = None
     encoded: D.EncodedDemo | None = None
 
@@ -181,17 +176,13 @@ class _Item:
 def _check_batch(args, result, batch, columns, render, grade, threads, likely) -> None:
     """Every demonstration of some rows: usable or why not, its length, its reward."""
     demo_key = args.demo_key or "target"
-    items = []
+    items, prompts = [], {}
+    if render is not None:
+        prompts = _prompts(args, result, batch, render)
+        batch = [(number, row) for number, row in batch if number in prompts]
     for number, row in batch:
-        prompt, tail = None, None
-        if render is not None:
-            try:
-                prompt = render.prompt(row["prompt"])
-            except D.Unusable as bad:
-                result.found("prompt", "prompts that the chat template refuses", number, "prompt", bad.detail)
-                continue
-            _, tag, after = prompt[-64:].rpartition("<think>")
-            tail = after if tag and not after.strip() else None
+        prompt = prompts.get(number)
+        tail = None if prompt is None else D.open_think(prompt, render.tokenizer)
         try:
             found = row_demos(row, "target", columns)
         except D.Unusable as bad:
@@ -236,8 +227,6 @@ def _check_batch(args, result, batch, columns, render, grade, threads, likely) -
     items = [item for item in items if item.demo is not None]
     if render is not None:
         items = _tokenise(result, items, render, demo_key, columns)
-        if args.max_prompt_length is not None:
-            _prompt_lengths(args, result, batch, render)
     for item in items:
         if render is None:
             result.lengths.append(len(item.text if item.text is not None else _said(item.demo.content)))
@@ -248,7 +237,7 @@ def _check_batch(args, result, batch, columns, render, grade, threads, likely) -
         if render is not None and len(result.rendered) < args.show:
             result.rendered.append(render.beside(item.row, item.prompt, item.encoded))
         if args.model and len(likely) < args.model_rows and item.encoded is not None:
-            likely.append((render.tokenizer.encode(item.prompt, add_special_tokens=False), item.encoded))
+            likely.append((item.prompt, item.encoded))
 
 
 def _place(key: str, item: _Item) -> str:
@@ -290,18 +279,22 @@ def _tokenise(result: Result, items: list[_Item], render: Renderer, demo_key: st
     return fitting
 
 
-def _prompt_lengths(args, result, batch, render) -> None:
-    texts = []
+def _prompts(args, result, batch, render) -> dict[int, list[int]]:
+    """The prompts' tokens by row, without those that the template refuses."""
+    texts = {}
     for number, row in batch:
         try:
-            texts.append((number, render.prompt(row["prompt"])))
-        except D.Unusable:
-            continue  # counted where the demonstrations are looked at
-    for (number, _), ids in zip(texts, render.tokens([t for _, t in texts]), strict=True):
-        result.prompt_lengths.append(len(ids))
-        if len(ids) > args.max_prompt_length:
-            detail = f"{len(ids)} tokens"
-            result.found("prompt length", "prompts too long: verl drops them", number, "prompt", detail, harmful=False)
+            texts[number] = render.prompt(row["prompt"])
+        except D.Unusable as bad:
+            result.found("prompt", "prompts that the chat template refuses", number, "prompt", bad.detail)
+    prompts = dict(zip(texts, render.tokens([*texts.values()]), strict=True))
+    if args.max_prompt_length is not None:
+        for number, ids in prompts.items():
+            result.prompt_lengths.append(len(ids))
+            if len(ids) > args.max_prompt_length:
+                message, detail = "prompts too long: verl drops them", f"{len(ids)} tokens"
+                result.found("prompt length", message, number, "prompt", detail, harmful=False)
+    return prompts
 
 
 def _said(demo: Any) -> str:

@@ -12,11 +12,13 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from verl_hpt.demo_choice import SELECTORS, select, stable_hash
+from verl_hpt.errors import UserError
 
 __all__ = [
     "REASONS",
@@ -184,12 +186,50 @@ def eos_texts(tokenizer: Any, eos_id: int) -> list[str]:
 
 
 def open_think(prompt_ids: Sequence[int] | None, tokenizer: Any) -> str | None:
-    """What follows an open `<think>` at the prompt's end (often a newline), or None where none is open."""
+    """What follows an open `<think>` at the prompt's end (often a newline), or None where none is open.
+
+    Only so many of the last tokens are decoded as have the text that decides, spaces at the end aside.
+    """
     if prompt_ids is None or len(prompt_ids) == 0:
         return None
-    end = tokenizer.decode([int(i) for i in prompt_ids[-16:]], skip_special_tokens=False)
-    _, tag, tail = end.rpartition("<think>")
-    return tail if tag and not tail.strip() else None
+    for count in (16 << doubled for doubled in itertools.count()):
+        end = tokenizer.decode([int(i) for i in prompt_ids[-count:]], skip_special_tokens=False)
+        text = end.rstrip()
+        if len(text) >= len("<think>") or count >= len(prompt_ids):
+            return end[len(text) :] if text.endswith("<think>") else None
+
+
+def end_of_answers(tokenizer: Any, model_path: str, eos: int | None = None) -> tuple[int, set[int], str | None]:
+    """The id that ends a demonstration, the ids at which rollouts stop, and what is wrong where it is none of those.
+
+    Rollouts stop at the tokenizer's EOS and at the ids of the model's own generation config. eos: `hpt.demo.eos`, None
+    for the tokenizer's. Raises `UserError` where there is no id to end with.
+    """
+    own = tokenizer.eos_token_id
+    if own is None and eos is None:
+        raise UserError("the tokenizer has no EOS token; set hpt.demo.eos (`data`: --eos) to the id of an answer's end")
+    eos, stops = own if eos is None else eos, stop_ids(model_path) | ({own} - {None})
+    problem = (
+        f"demonstrations would end with token {eos} (hpt.demo.eos), but generation stops at {sorted(stops)}; set it to "
+        "one of these"
+    )
+    return int(eos), stops, None if eos in stops else problem
+
+
+def stop_ids(model_path: str) -> set[int]:
+    """Ids at which the model's own generation config stops; none where it says nothing. Raises `UserError`."""
+    from transformers import GenerationConfig
+
+    try:
+        ids = GenerationConfig.from_pretrained(model_path).eos_token_id
+    except Exception as error:  # whatever transformers raises where there is none, or a damaged one
+        path = Path(model_path) / "generation_config.json"
+        if path.is_file():
+            raise UserError(
+                f"{path}: cannot be read ({type(error).__name__}); mend it: rollouts stop where it says"
+            ) from None
+        return set()
+    return set(ids) if isinstance(ids, list) else {ids} - {None}
 
 
 def finish(ids: Sequence[int], eos_id: int, max_length: int | None) -> list[int]:
