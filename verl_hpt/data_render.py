@@ -31,7 +31,6 @@ class Renderer:
         self.kwargs = kwargs or {}
         self.max_length = max_length
         self.eos_id, _, self.eos_problem = D.end_of_answers(self.tokenizer, path, self._eos(eos, path))
-        self.ends = D.eos_texts(self.tokenizer, self.eos_id)
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is not None:
             backend.no_truncation()
@@ -65,6 +64,11 @@ class Renderer:
         if self._backend is None:
             return [self.tokenizer.encode(t, add_special_tokens=False) for t in texts]
         return [e.ids for e in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    @property
+    def encoding(self) -> tuple:
+        """What ``demo_columns.read_demos`` is given, many texts at a time."""
+        return self.tokenizer, self.eos_id, self.max_length, self.kwargs, self.tokens
 
     def texts(self, ids: list[list[int]]) -> list[str]:
         """What verl's reward loop sees of each response."""

@@ -10,8 +10,8 @@ Used by the trainer on the driver and by `verl-hpt data check`, so that the chec
 
 import itertools
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from verl_hpt.errors import UserError
 __all__ = [
     "REASONS",
     "SELECTORS",
+    "Demo",
     "EncodedDemo",
     "Unusable",
     "demonstrations",
@@ -68,6 +69,23 @@ class EncodedDemo:
     ids: list[int]  # (tokens,)
     mask: list[int]  # (tokens,)
     warnings: tuple[str, ...] = ()
+
+
+@dataclass
+class Demo:
+    """One demonstration of a row: as the dataset has it, what the columns beside it say, and what became of it.
+
+    text: what is tokenised, None where only the chat template can say. length: tokens, EOS included, those of one that
+    is too long too. encoded: None for one without a tokenizer, or one that cannot be trained on; bad: why not.
+    """
+
+    content: Any
+    index: int = 0  # position in the row's cell
+    values: Mapping[str, Any] = field(default_factory=dict)
+    text: str | None = None
+    length: int | None = None
+    encoded: EncodedDemo | None = None
+    bad: Unusable | None = None
 
 
 def plain(value: Any) -> Any:
@@ -209,11 +227,8 @@ def end_of_answers(tokenizer: Any, model_path: str, eos: int | None = None) -> t
     if own is None and eos is None:
         raise UserError("the tokenizer has no EOS token; set hpt.demo.eos (`data`: --eos) to the id of an answer's end")
     eos, stops = own if eos is None else eos, stop_ids(model_path) | ({own} - {None})
-    problem = (
-        f"demonstrations would end with token {eos} (hpt.demo.eos), but generation stops at {sorted(stops)}; set it to "
-        "one of these"
-    )
-    return int(eos), stops, None if eos in stops else problem
+    named = f"demonstrations would end with token {eos} (hpt.demo.eos), but generation stops at {sorted(stops)}"
+    return int(eos), stops, None if eos in stops else f"{named}; set it to one of these"
 
 
 def stop_ids(model_path: str) -> set[int]:
@@ -242,30 +257,57 @@ def finish(ids: Sequence[int], eos_id: int, max_length: int | None) -> list[int]
     return ids
 
 
-def encode(
-    demo: Any,
-    tokenizer: Any,
-    eos_id: int,
-    *,
-    prompt_ids: Sequence[int] | None = None,
-    max_length: int | None = None,
-    prompt_messages: list[dict] | None = None,
-    template_kwargs: dict | None = None,
-) -> EncodedDemo:
-    """Tokens and mask of one raw demonstration; raises `Unusable` with the reason.
+def encode(demo: Any, tokenizer: Any, eos_id: int, *, prompt_ids=None, prompt_messages=None, **more) -> EncodedDemo:
+    """Tokens and mask of one raw demonstration; raises `Unusable` with the reason. Arguments as of ``encode_all``."""
+    one = Demo(demo)
+    encode_all([(one, prompt_ids, prompt_messages)], tokenizer, eos_id, **more)
+    if one.bad is not None:
+        raise one.bad
+    return one.encoded
 
-    `prompt_ids`: the rollouts' own prompt tokens, to see whether they open a reasoning tag. `max_length`: tokens that a
-    response may have, EOS included. `prompt_messages` and `template_kwargs` (`tools`, `enable_thinking` …) are what the
-    prompt was rendered from; only demonstrations of several turns or with tool calls need them.
+
+def encode_all(
+    asked: Sequence[tuple[Demo, Sequence[int] | None, list[dict] | None]],
+    tokenizer: Any,
+    eos_id: int | None,
+    max_length: int | None = None,
+    template_kwargs: dict | None = None,
+    tokens: Callable[[list[str]], list[list[int]]] | None = None,
+) -> None:
+    """Give each demonstration its tokens, or the reason why it has none; without a tokenizer, its cleaned text.
+
+    Args:
+        asked: each demonstration with the rollouts' own prompt tokens (do they open a reasoning tag?) and the messages
+            that the prompt was rendered from, as with ``template_kwargs`` (`tools`, `enable_thinking` …): for
+            demonstrations of several turns or with tool calls.
+        max_length: tokens that a response may have, EOS included. tokens: tokenises many texts; default: one by one.
     """
-    demo = plain(demo)
-    text = single_text(demo)
-    ends, think_tail = eos_texts(tokenizer, eos_id), open_think(prompt_ids, tokenizer)
-    if text is None:
-        return _encode_turns(demo, tokenizer, eos_id, max_length, prompt_messages, template_kwargs or {}, ends)
-    text = clean_text(text, ends, think_tail)
-    ids = finish(_tokens(text, tokenizer, max_length), eos_id, max_length)
-    return EncodedDemo(ids, [1] * len(ids), think_warnings(text, think_tail))
+    ends = [] if tokenizer is None else eos_texts(tokenizer, eos_id)
+    singles = []
+    for demo, prompt_ids, messages in asked:
+        try:
+            content = plain(demo.content)
+            text = single_text(content)
+            if text is not None:
+                tail = open_think(prompt_ids, tokenizer)
+                demo.text = clean_text(text, ends, tail)
+                bound_characters(demo.text, max_length)
+                singles.append((demo, tail))
+            elif tokenizer is not None:
+                demo.encoded = _encode_turns(content, tokenizer, eos_id, max_length, messages, template_kwargs, ends)
+                demo.length = len(demo.encoded.ids)
+        except Unusable as bad:
+            demo.bad = bad
+    if tokenizer is None:
+        return
+    tokens = tokens or (lambda texts: [tokenizer.encode(text, add_special_tokens=False) for text in texts])
+    for (demo, tail), ids in zip(singles, tokens([demo.text for demo, _ in singles]), strict=True):
+        demo.length = len(ids) + 1
+        try:
+            ids = finish(ids, eos_id, max_length)
+            demo.encoded = EncodedDemo(ids, [1] * len(ids), think_warnings(demo.text, tail))
+        except Unusable as bad:
+            demo.bad = bad
 
 
 def think_warnings(text: str, think_tail: str | None) -> tuple[str, ...]:
@@ -299,7 +341,7 @@ def _encode_turns(demo, tokenizer, eos_id, max_length, prompt_messages, template
         message_text(message)
 
     def render(messages: list[dict], generation: bool) -> str:
-        kwargs = {**template_kwargs, "tokenize": False, "add_generation_prompt": generation}
+        kwargs = {**(template_kwargs or {}), "tokenize": False, "add_generation_prompt": generation}
         try:
             return tokenizer.apply_chat_template([*prompt_messages, *messages], **kwargs)
         except Exception as error:  # templates raise whatever they like: Jinja's own errors, TypeError, KeyError
