@@ -1,5 +1,6 @@
 """`data check`: what it says is what training does."""
 
+import copy
 import itertools
 import json
 import subprocess
@@ -10,14 +11,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from made_data import folder, gsm8k
+from tiny_run import make_run
 from tiny_tokenizers import STYLES, tiny
 from transformers import AutoTokenizer
 
+from verl_hpt.cpu.quickstart import byte_tokenizer
 from verl_hpt.data.commands import main
 from verl_hpt.data.questions import shared_frame, unframed
 from verl_hpt.data.render import Renderer
 from verl_hpt.data.report import histogram
 from verl_hpt.demos.encode import EncodedDemo, Unusable, encode
+from verl_hpt.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -190,19 +194,80 @@ def test_open_reasoning_tag_is_seen(tmp_path, tokenizers):
     assert "think" not in checked(tmp_path, file, *options)[1]
 
 
-def test_eos_at_which_rollouts_do_not_stop_is_harm(tmp_path, tokenizers):
-    folder = tmp_path / "tokenizer"
-    tokenizer = tiny("qwen2.5")
+def accepted(path, tokenizer, eos) -> bool:
+    """Whether training begins with this end token."""
+    run = make_run(f"actor_rollout_ref.model.path={path}", *([] if eos is None else [f"++hpt.demo.eos={eos}"]))
+    try:
+        run.meet(tokenizer)
+    except UserError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("stops", "end", "problem"),
+    [
+        (["own", 0], None, None),
+        (["pad"], None, None),  # rollouts stop at the tokenizer's EOS too
+        ("own", None, None),
+        (["pad", 0], "pad", None),
+        ("own", "pad", "end with token {pad} (hpt.demo.eos), but generation stops at [{own}]; set it to one of these"),
+        ("absent", "pad", "end with token {pad} (hpt.demo.eos), but generation stops at [{own}]"),
+        ("absent", None, None),
+    ],
+)
+def test_an_end_at_which_rollouts_do_not_stop_is_harm_where_training_refuses_it(tmp_path, stops, end, problem):
+    folder, tokenizer = tmp_path / "tokenizer", tiny("qwen2.5")
     tokenizer.save_pretrained(folder)
-    file = write(tmp_path / "a.parquet", rows(5))
-    for stops, expected in (
-        ([tokenizer.eos_token_id, 0], 0),
-        ([tokenizer.pad_token_id], 1),
-        (tokenizer.eos_token_id, 0),
-    ):
+    ids = {"own": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
+    if stops != "absent":
+        stops = [ids.get(x, x) for x in stops] if isinstance(stops, list) else ids[stops]
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}), encoding="utf-8")
-        assert checked(tmp_path, file, "--tokenizer", str(folder))[0] == expected
-    assert checked(tmp_path, file, "--tokenizer", str(folder), "--eos", tokenizer.pad_token)[0] == 1
+    file, option = write(tmp_path / "a.parquet", rows(5)), [] if end is None else ["--eos", tokenizer.pad_token]
+    status, found, _ = checked(tmp_path, file, "--tokenizer", str(folder), *option)
+    assert (status == 0) == (problem is None) == accepted(folder, tokenizer, end and ids[end])
+    assert set(found) == ({"eos"} if problem else set())
+    assert problem is None or problem.format(**ids) in found["eos"]["examples"][0]["detail"]
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", '"x"'])
+def test_a_damaged_generation_config_is_refused_by_check_and_training(tmp_path, content, capsys):
+    tiny("qwen2.5").save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(UserError, match=r"generation_config\.json: cannot be read .*; mend it"):
+        make_run(f"actor_rollout_ref.model.path={tmp_path}").meet(tiny("qwen2.5"))
+    assert main(["check", write(tmp_path / "a.parquet", rows(1)), "--tokenizer", str(tmp_path)]) == 2
+    assert "generation_config.json: cannot be read" in capsys.readouterr().err
+
+
+def test_a_tokenizer_without_eos_needs_the_option(tmp_path, capsys):
+    tokenizer = copy.deepcopy(tiny("qwen2.5"))
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    assert main(["check", write(tmp_path / "a.parquet", rows(1)), "--tokenizer", str(tmp_path)]) == 2
+    assert "has no EOS token; set hpt.demo.eos (`data`: --eos) to the id" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("style", ["qwen3", "bytes"])
+@pytest.mark.parametrize(
+    "tail", ["\n", "\n\n", "\n" * 100, "a", "</think>\n"], ids=["line", "two", "hundred", "said", "closed"]
+)
+@pytest.mark.parametrize("question", ["1?", "Wie groß ist 漢字 🙂? " * 50], ids=["short", "long"])
+def test_an_open_reasoning_tag_is_the_same_in_check_and_training(tmp_path, tokenizers, style, tail, question):
+    folder, tokenizer = tmp_path / "tokenizer", copy.deepcopy(tiny("qwen3") if style == "qwen3" else byte_tokenizer())
+    start = "{{ messages[0].content }}{% if add_generation_prompt %}<think>" + tail + "{% endif %}"
+    tokenizer.chat_template = start.replace("\n", "{{ '\\n' }}")
+    tokenizer.save_pretrained(folder)
+    demo, message = f"<think>{tail}Hm.\n</think>\n\n#### 1", [{"role": "user", "content": question}]
+    file = write(tmp_path / "a.parquet", [verl_row(question, demo, "1")])
+    shown = checked(tmp_path, file, "--tokenizer", str(folder), "--show", "1")[2]["rendered"][0]
+    ids = tokenizer.encode(
+        tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True), add_special_tokens=False
+    )
+    trained = encode(demo, tokenizer, tokenizer.eos_token_id, prompt_ids=ids).ids
+    assert shown["prompt_ids"] == ids and shown["ids"] == trained
+    said = demo if tail.strip() else demo.removeprefix("<think>" + tail)
+    assert tokenizer.decode(trained[:-1]) == said
 
 
 def test_several_demonstrations_and_tools_are_checked_one_by_one(tmp_path, tokenizers):

@@ -376,7 +376,10 @@ def test_what_eos_looks_like():
         ("x<think>", ""),
         ("x<think>\n", "\n"),
         ("x<think>" + "\n" * 9, "\n" * 9),
-        ("<think>" + "\n" * 10, None),  # looked for among the last sixteen tokens
+        ("<think>" + "\n" * 10, "\n" * 10),
+        ("<think>" + " " * 5000, " " * 5000),
+        ("think>" + " " * 5000, None),
+        (" " * 5000, None),
         ("<think>a", None),
         ("<think></think>", None),
         ("abc", None),
@@ -386,6 +389,25 @@ def test_what_eos_looks_like():
 def test_an_open_reasoning_tag_at_the_prompts_end(prompt, tail):
     assert demos.open_think([ord(letter) for letter in prompt], Names()) == tail
     assert demos.open_think(np.array([ord(letter) for letter in prompt], dtype=int), Names()) == tail
+
+
+def test_of_a_long_prompt_only_its_end_is_decoded(monkeypatch):
+    decoded, decode = [], Names.decode
+
+    def counting(self, ids, skip_special_tokens):
+        decoded.append(len(ids))
+        return decode(self, ids, skip_special_tokens)
+
+    monkeypatch.setattr(Names, "decode", counting)
+    for prompt, tail, expected in (
+        ("a" * 5000, None, [16]),
+        ("a" * 5000 + "<think>\n\n", "\n\n", [16]),
+        ("a" * 5000 + "<think>" + "\n" * 10, "\n" * 10, [16, 32]),
+        ("<think>", "", [7]),
+        ("a ", None, [2]),
+    ):
+        decoded.clear()
+        assert demos.open_think([ord(letter) for letter in prompt], Names()) == tail and decoded == expected
 
 
 def test_without_a_prompt_no_tag_is_open():

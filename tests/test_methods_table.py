@@ -167,6 +167,17 @@ def test_the_picture_is_written(tmp_path, capsys):
     assert capsys.readouterr().out == "", "the table came with the picture unasked"
 
 
+@pytest.mark.parametrize("reference", PARTS["reference"])
+def test_a_method_of_your_own_is_drawn_whatever_reference_it_names(tmp_path, monkeypatch, reference):
+    """A column that a part may ask for is there on paper too; a teacher's p is the one that other models have."""
+    estimator = Estimator(reference=PARTS["reference"][reference], advantage=unit)
+    mine = Method("mine", METHODS["hpt"].rollouts, (Term("S", estimator),), when="gate")
+    monkeypatch.setitem(METHODS, "mine", mine)
+    assert table.main(["mine", "--plot", str(tmp_path / "w.png")]) == 0
+    if reference == "teacher":
+        np.testing.assert_allclose(curve(table.demo_curves([mine], "S"), "mine"), table.P / 0.5, atol=1e-9)
+
+
 # --- a method of your own --------------------------------------------------------------------------------------------
 
 

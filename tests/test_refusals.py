@@ -10,9 +10,10 @@ from datasets import Dataset
 from test_questions import Letters
 from verl_config import compose
 
+from verl_hpt.demos.encode import stop_ids
 from verl_hpt.errors import UserError
 from verl_hpt.host.batch import Group
-from verl_hpt.host.run import Run, question_name, stop_ids
+from verl_hpt.host.run import Run, question_name
 
 ACTOR = "actor_rollout_ref.actor"
 

@@ -9,9 +9,9 @@ from tiny_run import make_run
 from verl.trainer.ppo.core_algos import kl_penalty
 
 from verl_hpt.cpu.quickstart import byte_tokenizer
+from verl_hpt.demos.encode import stop_ids
 from verl_hpt.errors import UserError
 from verl_hpt.gate import GateSettings
-from verl_hpt.host.run import stop_ids
 from verl_hpt.loss import ROW_COLUMNS, ROW_FIELD, TEACHER, WEIGHTS
 from verl_hpt.plan import DEMO, PADDING, ROLLOUT, PlanSettings, Question, plan
 

@@ -20,7 +20,7 @@ coefficient multiplies ∇ log π_θ and nothing is differentiated twice.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -79,6 +79,28 @@ class Tokens:
     constants: Constants = field(default_factory=Constants)
     _ratio: Tensor | None = field(default=None, init=False, repr=False)
 
+    @classmethod
+    def on_paper(cls, log_prob, *, advantage, reward, correct, constants: Constants | None = None, **columns) -> Tokens:
+        """Rows that no model made, float64, every token their author's.
+
+        log_prob: (rows, response_len). advantage, reward and columns: one number, or numbers of a shape that goes with
+        log_prob's; correct: a bool. A column of ``ON_DEMAND`` that is not given is log π_θ; None: there is none.
+        """
+        log_prob = torch.as_tensor(log_prob, dtype=torch.float64)
+
+        def column(given) -> Tensor:
+            numbers = torch.as_tensor(given, dtype=log_prob.dtype)
+            return numbers if numbers.ndim else numbers.expand(len(log_prob), 1)
+
+        columns = {"advantage": advantage, "reward": reward, **dict.fromkeys(ON_DEMAND, log_prob), **columns}
+        return cls(
+            log_prob=log_prob,
+            mask=torch.ones_like(log_prob, dtype=torch.bool),
+            correct=torch.full((len(log_prob), 1), bool(correct)),
+            constants=constants or Constants(),
+            **{name: None if given is None else column(given) for name, given in columns.items()},
+        )
+
     def ones(self) -> Tensor:
         """1 on every token, one number in memory; not to be written to."""
         return self.log_prob.new_ones(()).expand_as(self.log_prob)
@@ -102,6 +124,7 @@ class Tokens:
         return (x * self.mask).sum(-1, keepdim=True) / self.mask.sum(-1, keepdim=True).clamp(min=1)
 
 
+ON_DEMAND = tuple(column.name for column in fields(Tokens) if column.default is None and column.init)
 Part = Callable[[Tokens], Tensor | tuple[Tensor, Tensor | None]]
 KINDS = ("mask", "reference", "advantage", "likelihood")
 PARTS: dict[str, dict[str, Part]] = {kind: {} for kind in KINDS}
@@ -112,8 +135,7 @@ def part(kind: str, *, needs: tuple[str, ...] = (), over_group: Callable[[np.nda
 
     Args:
         kind: mask, reference, advantage or likelihood.
-        needs: columns of ``Tokens`` that are there only on demand: old_log_prob, ref_log_prob, entropy, other_log_prob,
-            teacher_log_prob.
+        needs: columns of ``Tokens`` that are there only on demand, of ``ON_DEMAND``.
         over_group: for an advantage: rewards of one question's rows (n,) -> advantages (n,), computed by the plan.
 
     Example of a user's own module, named in ``hpt.modules``::

@@ -18,7 +18,7 @@ import torch
 from measure import medians, table
 
 from verl_hpt.config import Demo
-from verl_hpt.demos.columns import row_demos, unpacked
+from verl_hpt.demos.columns import check_values, row_demos, unpacked
 from verl_hpt.demos.encode import EncodedDemo, plain
 from verl_hpt.host.batch import Reader
 from verl_hpt.host.run import Run
@@ -36,7 +36,8 @@ def ours(reader: Reader, rows: list[dict], encoded: EncodedDemo):
         for row in rows:
             row = {name: unpacked(plain(cell)) for name, cell in row.items()}
             (demo,) = row_demos(row, "target", reader.columns)
-            found.append(reader._values(demo, encoded, 1.0))
+            demo.encoded, demo.values = encoded, {**demo.values, **check_values(demo, reader.columns, encoded)}
+            found.append(reader._values(demo))
         return Run.token_marks(run, [length] * len(found), found)
 
     return step

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from verl_hpt.data.grade import load_reward
 from verl_hpt.data.options import check_options, json_option
@@ -25,7 +24,7 @@ from verl_hpt.data.render import Renderer, difference
 from verl_hpt.data.result import Finding, Result
 from verl_hpt.data.rows import CHAT_KEYS, DEMO_KEYS, PROMPT_KEYS, Layout, Options, detect, opened, to_verl
 from verl_hpt.demos import encode as D
-from verl_hpt.demos.columns import Demo, DemoColumns, check_values, row_demos
+from verl_hpt.demos.columns import DemoColumns, read_demos
 
 _BATCH = 256  # rows graded and tokenised together
 _AS_TEXT = {*CHAT_KEYS, *PROMPT_KEYS, *DEMO_KEYS, "reward_model"}  # fields that convert reads where they hold JSON text
@@ -67,7 +66,9 @@ def check(args: argparse.Namespace) -> Result:
             max_length=args.max_response_length,
             kwargs=kwargs,
         )
-        _check_eos(result, render)
+        if render.eos_problem is not None:
+            message = "demonstrations would end with a token at which rollouts do not stop"
+            result.found("eos", message, 0, "eos", f"{render.eos_problem} (--eos)")
     elif args.token_weights_key or args.teacher_log_prob_key:
         result.notes.append("columns with a value a token are compared with its tokens only with --tokenizer")
     if args.reward not in (None, "shipped"):
@@ -110,13 +111,6 @@ def check(args: argparse.Namespace) -> Result:
     result.questions = len(questions.known)
     _judge(result, args)
     return result
-
-
-def _check_eos(result: Result, render: Renderer) -> None:
-    stops = render.stops()
-    if stops is not None and render.eos_id not in stops:
-        detail = f"token {render.eos_id}; generation_config.json stops at {sorted(stops)}: set hpt.demo.eos (--eos)"
-        result.found("eos", "demonstrations would end with a token at which rollouts do not stop", 0, "eos", detail)
 
 
 def _verl_rows(args: argparse.Namespace, result: Result, columns: DemoColumns) -> Iterator[tuple[int, dict]]:
@@ -167,161 +161,112 @@ def _verl_rows(args: argparse.Namespace, result: Result, columns: DemoColumns) -
 
 @dataclass
 class _Item:
-    """One demonstration on its way through a batch."""
+    """One demonstration on its way through a batch, with its row and the tokens of its prompt."""
 
     row: int
     values: dict
-    demo: Demo | None
-    text: str | None = None
-    prompt: str | None = None
-    think_tail: str | None = None
-    encoded: D.EncodedDemo | None = None
+    demo: D.Demo
+    prompt: list[int] | None
 
 
 def _check_batch(args, result, batch, columns, render, grade, threads, likely) -> None:
     """Every demonstration of some rows: usable or why not, its length, its reward."""
-    demo_key = args.demo_key or "target"
+    demo_key, encoding, prompts = args.demo_key or "target", (None, None), {}
+    if render is not None:
+        encoding, prompts = render.encoding, _prompts(args, result, batch, render)
+        batch = [(number, row) for number, row in batch if number in prompts]
+    rows = [(row, prompts.get(number), row["prompt"]) for number, row in batch]
     items = []
-    for number, row in batch:
-        prompt, tail = None, None
-        if render is not None:
-            try:
-                prompt = render.prompt(row["prompt"])
-            except D.Unusable as bad:
-                result.found("prompt", "prompts that the chat template refuses", number, "prompt", bad.detail)
-                continue
-            _, tag, after = prompt[-64:].rpartition("<think>")
-            tail = after if tag and not after.strip() else None
-        try:
-            found = row_demos(row, "target", columns)
-        except D.Unusable as bad:
-            result.demonstrations += len(D.demonstrations(row["target"]))
-            _unusable(result, bad, number, demo_key)
-            continue
-        if not found or all(d.content is None for d in found):
+    for (number, row), found in zip(batch, read_demos(rows, "target", columns, *encoding), strict=True):
+        if all(demo.content is None for demo in found):
             result.without += 1
             continue
         for demo in found:
-            if demo.content is not None:
-                items.append(_Item(number, row, demo, prompt=prompt, think_tail=tail))
-                continue
-            message = "nulls among a row's demonstrations (the others would be used)"
-            result.found("null among", message, number, f"{demo_key}[{demo.index}]")
+            if demo.content is None:
+                message = "nulls among a row's demonstrations (the others would be used)"
+                result.found("null among", message, number, f"{demo_key}[{demo.index}]")
+            else:
+                items.append(_Item(number, row, demo, prompts.get(number)))
     result.demonstrations += len(items)
-    ends = render.ends if render is not None else []
-    for item in items:
-        try:
-            check_values(item.demo, columns)
-            demo = D.plain(item.demo.content)
-            item.text = D.single_text(demo)
-            if item.text is not None and opened({demo_key: item.text}, {demo_key})[1]:
-                message = "chat messages written as JSON text: they would be trained on literally"
-                detail = "`verl-hpt data convert` reads them"
-                result.found("json text", message, item.row, _place(demo_key, item), detail)
-            if item.text is not None:
-                item.text = D.clean_text(item.text, ends, item.think_tail)
-                D.bound_characters(item.text, render.max_length if render is not None else None)
-            elif render is not None:
-                item.encoded = D.encode(
-                    demo,
-                    render.tokenizer,
-                    render.eos_id,
-                    max_length=render.max_length,
-                    prompt_messages=item.values["prompt"],
-                    template_kwargs=render.kwargs,
-                )
-        except D.Unusable as bad:
-            _unusable(result, bad, item.row, _place(demo_key, item))
-            item.demo = None
-    items = [item for item in items if item.demo is not None]
-    if render is not None:
-        items = _tokenise(result, items, render, demo_key, columns)
-        if args.max_prompt_length is not None:
-            _prompt_lengths(args, result, batch, render)
-    for item in items:
-        if render is None:
-            result.lengths.append(len(item.text if item.text is not None else _said(item.demo.content)))
-    result.usable += len(items)
+    usable = [item for item in items if _told(result, item, demo_key)]
+    result.usable += len(usable)
+    if render is None:
+        result.lengths += [len(_said(item.demo)) for item in usable]
+    else:
+        _round_trips(result, usable, render, demo_key)
     if grade is not None:
-        _grade(args, result, items, grade, threads)
-    for item in items:
+        _grade(args, result, usable, grade, threads)
+    for item in usable:
         if render is not None and len(result.rendered) < args.show:
-            result.rendered.append(render.beside(item.row, item.prompt, item.encoded))
-        if args.model and len(likely) < args.model_rows and item.encoded is not None:
-            likely.append((render.tokenizer.encode(item.prompt, add_special_tokens=False), item.encoded))
+            result.rendered.append(render.beside(item.row, item.prompt, item.demo.encoded))
+        if args.model and len(likely) < args.model_rows:
+            likely.append((item.prompt, item.demo.encoded))
+
+
+def _told(result: Result, item: _Item, key: str) -> bool:
+    """Whether the demonstration can be trained on; what there is to say of it is said."""
+    demo = item.demo
+    if demo.length is not None:
+        result.lengths.append(demo.length)
+    if demo.text is not None and opened({key: demo.text}, {key})[1]:
+        message = "chat messages written as JSON text: they would be trained on literally"
+        result.found("json text", message, item.row, _place(key, item), "`verl-hpt data convert` reads them")
+    if demo.encoded is not None and "think_unclosed" in demo.encoded.warnings:
+        message = "the prompt opens <think> and the demonstration never closes it"
+        result.found("think", message, item.row, _place(key, item), harmful=False)
+    if demo.bad is None:
+        return True
+    result.reasons[demo.bad.reason] += 1
+    message = f"demonstrations: {D.REASONS[demo.bad.reason]}"
+    result.found(f"unusable: {demo.bad.reason}", message, item.row, _place(key, item), demo.bad.detail)
+    return False
 
 
 def _place(key: str, item: _Item) -> str:
-    return key if item.demo is None or item.demo.index == 0 else f"{key}[{item.demo.index}]"
+    return key if item.demo.index == 0 else f"{key}[{item.demo.index}]"
 
 
-def _unusable(result: Result, bad: D.Unusable, row: int, name: str) -> None:
-    result.reasons[bad.reason] += 1
-    result.found(f"unusable: {bad.reason}", f"demonstrations: {D.REASONS[bad.reason]}", row, name, bad.detail)
-
-
-def _tokenise(result: Result, items: list[_Item], render: Renderer, demo_key: str, columns) -> list[_Item]:
-    """The items with their tokens; those that cannot be trained on are counted and left out."""
-    singles = [item for item in items if item.encoded is None]
-    result.lengths += [len(item.encoded.ids) for item in items if item.encoded is not None]
-    for item, ids in zip(singles, render.tokens([i.text for i in singles]), strict=True):
-        result.lengths.append(len(ids) + 1)
-        try:
-            ids = D.finish(ids, render.eos_id, render.max_length)
-            item.encoded = D.EncodedDemo(ids, [1] * len(ids), D.think_warnings(item.text, item.think_tail))
-        except D.Unusable as bad:
-            _unusable(result, bad, item.row, _place(demo_key, item))
-    items = [item for item in items if item.encoded is not None]
-    for item, back in zip(items, render.texts([i.encoded.ids for i in items]), strict=True):
-        if "think_unclosed" in item.encoded.warnings:
-            message = "the prompt opens <think> and the demonstration never closes it"
-            result.found("think", message, item.row, _place(demo_key, item), harmful=False)
-        if item.text is not None and back != item.text and not render.special(item.text):
+def _round_trips(result: Result, items: list[_Item], render: Renderer, key: str) -> None:
+    for item, back in zip(items, render.texts([i.demo.encoded.ids for i in items]), strict=True):
+        text = item.demo.text
+        if text is not None and back != text and not render.special(text):
             message = "the tokenizer does not give the text back: it will be trained on as something else"
-            detail = difference(item.text, back)
-            result.found("round trip", message, item.row, _place(demo_key, item), detail, harmful=False)
-    fitting = []
-    for item in items:
-        try:
-            check_values(item.demo, columns, item.encoded)
-            fitting.append(item)
-        except D.Unusable as bad:
-            _unusable(result, bad, item.row, _place(demo_key, item))
-    return fitting
+            result.found("round trip", message, item.row, _place(key, item), difference(text, back), harmful=False)
 
 
-def _prompt_lengths(args, result, batch, render) -> None:
-    texts = []
+def _prompts(args, result, batch, render) -> dict[int, list[int]]:
+    """The prompts' tokens by row, without those that the template refuses."""
+    texts = {}
     for number, row in batch:
         try:
-            texts.append((number, render.prompt(row["prompt"])))
-        except D.Unusable:
-            continue  # counted where the demonstrations are looked at
-    for (number, _), ids in zip(texts, render.tokens([t for _, t in texts]), strict=True):
-        result.prompt_lengths.append(len(ids))
-        if len(ids) > args.max_prompt_length:
-            detail = f"{len(ids)} tokens"
-            result.found("prompt length", "prompts too long: verl drops them", number, "prompt", detail, harmful=False)
+            texts[number] = render.prompt(row["prompt"])
+        except D.Unusable as bad:
+            result.found("prompt", "prompts that the chat template refuses", number, "prompt", bad.detail)
+    prompts = dict(zip(texts, render.tokens([*texts.values()]), strict=True))
+    if args.max_prompt_length is not None:
+        for number, ids in prompts.items():
+            result.prompt_lengths.append(len(ids))
+            if len(ids) > args.max_prompt_length:
+                message, detail = "prompts too long: verl drops them", f"{len(ids)} tokens"
+                result.found("prompt length", message, number, "prompt", detail, harmful=False)
+    return prompts
 
 
-def _said(demo: Any) -> str:
-    demo = D.plain(demo)
-    if isinstance(demo, str):
-        return demo
-    return "\n".join(D.message_text(m) for m in demo if m.get("role", "assistant") == "assistant")
+def _said(demo: D.Demo) -> str:
+    """What the assistant says, as the reward function reads it."""
+    if demo.text is not None:
+        return demo.text
+    return "\n".join(D.message_text(m) for m in D.plain(demo.content) if m.get("role", "assistant") == "assistant")
 
 
 def _grade(args, result, items, grade, threads) -> None:
     """Rewards of a batch, in threads, as verl has it; the symbolic grader works in processes of its own."""
 
     def one(item: _Item) -> tuple[float | None, str, bool]:
-        text = item.text
-        if text is None:
-            text = _said(item.demo.content)
         row = item.values
         info = {**(D.plain(row.get("extra_info")) or {}), "num_turns": 2, "rollout_reward_scores": {}}
         truth = row["reward_model"]["ground_truth"]
-        return grade(row["data_source"], text, truth, info)
+        return grade(row["data_source"], _said(item.demo), truth, info)
 
     for item, (score, problem, failed) in zip(items, threads.map(one, items), strict=True):
         source = item.values["data_source"]
@@ -337,15 +282,10 @@ def _grade(args, result, items, grade, threads) -> None:
         if score < args.success:
             graded[2] += 1
             truth = item.values["reward_model"]["ground_truth"]
-            detail = f"reward {score:g}; expected {str(truth)[:60]!r}, the text ends {_tail(item)!r}"
+            detail = f"reward {score:g}; expected {str(truth)[:60]!r}, the text ends {_said(item.demo)[-60:]!r}"
             result.found(
                 "rejected", "demonstrations that the reward function does not count as solved", item.row, name, detail
             )
-
-
-def _tail(item: _Item) -> str:
-    text = item.text if item.text is not None else _said(item.demo.content)
-    return text[-60:]
 
 
 def _judge(result: Result, args: argparse.Namespace) -> None:

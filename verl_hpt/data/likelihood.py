@@ -11,6 +11,7 @@ from verl_hpt.data.options import json_option
 from verl_hpt.data.read import BadRow
 from verl_hpt.data.render import Renderer
 from verl_hpt.demos import encode as D
+from verl_hpt.demos.columns import DemoColumns, read_demos
 from verl_hpt.errors import UserError
 
 _CHUNK = 512  # positions whose distributions over the vocabulary are held at once in float32
@@ -153,7 +154,6 @@ def _read(source, group: int, file: str, first: int):
 
 def _of_row(args, row: int, prompt, cell, render: Renderer, ask: Likelihood, counts: Counter) -> list[float | None]:
     """One number for each demonstration of a row."""
-    numbers = []
     try:
         prompt, raw = D.plain(prompt), D.demonstrations(cell)
     except UnicodeDecodeError as error:
@@ -161,19 +161,17 @@ def _of_row(args, row: int, prompt, cell, render: Renderer, ask: Likelihood, cou
     if not isinstance(prompt, list) or not prompt or not all(isinstance(message, dict) for message in prompt):
         problem = f"must be chat messages, got {str(prompt)[:80]!r}: `verl-hpt data convert` first"
         raise BadRow(args.file, row, args.prompt_key, problem)
-    for demo in raw:
+    try:
+        (ids,) = render.tokens([render.prompt(prompt)])
+        (found,) = read_demos([({args.demo_key: raw}, ids, prompt)], args.demo_key, DemoColumns(), *render.encoding)
+    except D.Unusable as bad:
+        found = [D.Demo(content, bad=bad) for content in raw]
+    numbers = []
+    for demo in found:
         try:
-            ids = render.tokenizer.encode(render.prompt(prompt), add_special_tokens=False)
-            encoded = D.encode(
-                demo,
-                render.tokenizer,
-                render.eos_id,
-                prompt_ids=ids,
-                max_length=render.max_length,
-                prompt_messages=prompt,
-                template_kwargs=render.kwargs,
-            )
-            numbers.append(ask(ids, encoded))
+            if demo.bad is not None:
+                raise demo.bad
+            numbers.append(ask(ids, demo.encoded))
             counts["known"] += 1
         except D.Unusable as bad:
             numbers.append(None)

@@ -1,6 +1,5 @@
 """Prompts and demonstrations as the run's tokenizer sees them, many at a time."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,36 +30,21 @@ class Renderer:
             raise UserError(f"{option} {path}: its tokenizer cannot be loaded: {problem}") from None
         self.kwargs = kwargs or {}
         self.max_length = max_length
-        self.eos_id = self._eos(eos, path)
-        self.ends = D.eos_texts(self.tokenizer, self.eos_id)
+        self.eos_id, _, self.eos_problem = D.end_of_answers(self.tokenizer, path, self._eos(eos, path))
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is not None:
             backend.no_truncation()
             backend.no_padding()
         self._backend = backend
 
-    def _eos(self, given: str | None, path: str) -> int:
-        tokenizer = self.tokenizer
+    def _eos(self, given: str | None, path: str) -> int | None:
         if given is None:
-            eos = tokenizer.eos_token_id
-        else:
-            eos = int(given) if given.lstrip("-").isdigit() else tokenizer.convert_tokens_to_ids(given)
-            if eos is None or eos == tokenizer.unk_token_id or not 0 <= eos < len(tokenizer):
-                raise UserError(f"--eos {given}: the tokenizer at {path} has no such token")
-        if eos is None:
-            raise UserError(f"the tokenizer at {path} has no EOS token: demonstrations cannot end; set --eos")
-        return int(eos)
-
-    def stops(self) -> set[int] | None:
-        """The model's stop ids where a generation_config.json lies beside the tokenizer, else None."""
-        path = Path(getattr(self.tokenizer, "name_or_path", "")) / "generation_config.json"
-        if not path.is_file():
             return None
-        try:
-            eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{path}: is not a JSON object: {error}") from None
-        return set(eos) if isinstance(eos, list) else {eos} if eos is not None else None
+        tokenizer = self.tokenizer
+        eos = int(given) if given.lstrip("-").isdigit() else tokenizer.convert_tokens_to_ids(given)
+        if eos is None or eos == tokenizer.unk_token_id or not 0 <= eos < len(tokenizer):
+            raise UserError(f"--eos {given}: the tokenizer at {path} has no such token")
+        return eos
 
     def prompt(self, messages: list[dict]) -> str:
         """The text that a rollout starts from; raises `Unusable` where the template refuses the messages."""
@@ -81,6 +65,11 @@ class Renderer:
             return [self.tokenizer.encode(t, add_special_tokens=False) for t in texts]
         return [e.ids for e in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
+    @property
+    def encoding(self) -> tuple:
+        """What ``demo_columns.read_demos`` is given, many texts at a time."""
+        return self.tokenizer, self.eos_id, self.max_length, self.kwargs, self.tokens
+
     def texts(self, ids: list[list[int]]) -> list[str]:
         """What verl's reward loop sees of each response."""
         if self._backend is None:
@@ -91,9 +80,8 @@ class Renderer:
         """Whether special tokens stand in the text: verl's reward loop does not see those."""
         return any(token in text for token in self.tokenizer.all_special_tokens)
 
-    def beside(self, row: int, prompt: str, encoded: D.EncodedDemo) -> dict:
+    def beside(self, row: int, ids: list[int], encoded: D.EncodedDemo) -> dict:
         """One demonstration beside the prompt that its rollouts start from, token for token."""
-        ids = self.tokenizer.encode(prompt, add_special_tokens=False)
         return {
             "row": row,
             "prompt_ids": ids,

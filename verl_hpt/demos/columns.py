@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from verl_hpt.demos.encode import EncodedDemo, Unusable, demonstrations, plain
+from verl_hpt.demos.encode import Demo, EncodedDemo, Unusable, demonstrations, encode_all, plain
 
 _PACKED = "verl-hpt packed: "  # what a text of ours begins with
 PER_TOKEN = ("teacher_log_prob", "token_weights")
@@ -36,13 +36,32 @@ class DemoColumns:
         return {name: column for name, column in vars(self).items() if column is not None}
 
 
-@dataclass(frozen=True)
-class Demo:
-    """One raw demonstration of a row with what the columns say of it; a column that says nothing has no entry."""
+def read_demos(
+    rows: Sequence[tuple[Mapping, Sequence[int] | None, list[dict] | None]],
+    key: str,
+    columns: DemoColumns,
+    *encoding: Any,
+    skip: Callable[[int], bool] = lambda place: False,
+) -> list[list[Demo]]:
+    """The demonstrations of each row as training has them: tokens and checked values, or why there are none.
 
-    content: Any
-    index: int  # position in the row's cell
-    values: Mapping[str, Any] = field(default_factory=dict)
+    rows: a row's cells, its prompt's tokens and messages. encoding: the arguments of ``demos.encode_all`` from the
+    tokenizer on. skip: places in the cell that are not asked for, and left as they are.
+    """
+    found, asked = [], []
+    for row, prompt_ids, messages in rows:
+        try:
+            found.append(row_demos(row, key, columns))
+            asked += [(demo, prompt_ids, messages) for demo in found[-1] if not skip(demo.index)]
+        except Unusable as bad:
+            found.append([Demo(content, i, bad=bad) for i, content in enumerate(demonstrations(row.get(key)))])
+    encode_all(asked, *encoding)
+    for demo in (demo for demo, *_ in asked if demo.bad is None):
+        try:
+            demo.values = {**demo.values, **check_values(demo, columns, demo.encoded)}
+        except Unusable as bad:
+            demo.bad = bad
+    return found
 
 
 def row_demos(row: Mapping, key: str, columns: DemoColumns | None = None) -> list[Demo]:

@@ -10,17 +10,20 @@ Used by the trainer on the driver and by `verl-hpt data check`, so that the chec
 
 import itertools
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from verl_hpt.demos.select import SELECTORS, select, stable_hash
+from verl_hpt.errors import UserError
 
 __all__ = [
     "REASONS",
     "SELECTORS",
+    "Demo",
     "EncodedDemo",
     "Unusable",
     "demonstrations",
@@ -66,6 +69,23 @@ class EncodedDemo:
     ids: list[int]  # (tokens,)
     mask: list[int]  # (tokens,)
     warnings: tuple[str, ...] = ()
+
+
+@dataclass
+class Demo:
+    """One demonstration of a row: as the dataset has it, what the columns beside it say, and what became of it.
+
+    text: what is tokenised, None where only the chat template can say. length: tokens, EOS included, those of one that
+    is too long too. encoded: None for one without a tokenizer, or one that cannot be trained on; bad: why not.
+    """
+
+    content: Any
+    index: int = 0  # position in the row's cell
+    values: Mapping[str, Any] = field(default_factory=dict)
+    text: str | None = None
+    length: int | None = None
+    encoded: EncodedDemo | None = None
+    bad: Unusable | None = None
 
 
 def plain(value: Any) -> Any:
@@ -184,12 +204,47 @@ def eos_texts(tokenizer: Any, eos_id: int) -> list[str]:
 
 
 def open_think(prompt_ids: Sequence[int] | None, tokenizer: Any) -> str | None:
-    """What follows an open `<think>` at the prompt's end (often a newline), or None where none is open."""
+    """What follows an open `<think>` at the prompt's end (often a newline), or None where none is open.
+
+    Only so many of the last tokens are decoded as have the text that decides, spaces at the end aside.
+    """
     if prompt_ids is None or len(prompt_ids) == 0:
         return None
-    end = tokenizer.decode([int(i) for i in prompt_ids[-16:]], skip_special_tokens=False)
-    _, tag, tail = end.rpartition("<think>")
-    return tail if tag and not tail.strip() else None
+    for count in (16 << doubled for doubled in itertools.count()):
+        end = tokenizer.decode([int(i) for i in prompt_ids[-count:]], skip_special_tokens=False)
+        text = end.rstrip()
+        if len(text) >= len("<think>") or count >= len(prompt_ids):
+            return end[len(text) :] if text.endswith("<think>") else None
+
+
+def end_of_answers(tokenizer: Any, model_path: str, eos: int | None = None) -> tuple[int, set[int], str | None]:
+    """The id that ends a demonstration, the ids at which rollouts stop, and what is wrong where it is none of those.
+
+    Rollouts stop at the tokenizer's EOS and at the ids of the model's own generation config. eos: `hpt.demo.eos`, None
+    for the tokenizer's. Raises `UserError` where there is no id to end with.
+    """
+    own = tokenizer.eos_token_id
+    if own is None and eos is None:
+        raise UserError("the tokenizer has no EOS token; set hpt.demo.eos (`data`: --eos) to the id of an answer's end")
+    eos, stops = own if eos is None else eos, stop_ids(model_path) | ({own} - {None})
+    named = f"demonstrations would end with token {eos} (hpt.demo.eos), but generation stops at {sorted(stops)}"
+    return int(eos), stops, None if eos in stops else f"{named}; set it to one of these"
+
+
+def stop_ids(model_path: str) -> set[int]:
+    """Ids at which the model's own generation config stops; none where it says nothing. Raises `UserError`."""
+    from transformers import GenerationConfig
+
+    try:
+        ids = GenerationConfig.from_pretrained(model_path).eos_token_id
+    except Exception as error:  # whatever transformers raises where there is none, or a damaged one
+        path = Path(model_path) / "generation_config.json"
+        if path.is_file():
+            raise UserError(
+                f"{path}: cannot be read ({type(error).__name__}); mend it: rollouts stop where it says"
+            ) from None
+        return set()
+    return set(ids) if isinstance(ids, list) else {ids} - {None}
 
 
 def finish(ids: Sequence[int], eos_id: int, max_length: int | None) -> list[int]:
@@ -202,30 +257,57 @@ def finish(ids: Sequence[int], eos_id: int, max_length: int | None) -> list[int]
     return ids
 
 
-def encode(
-    demo: Any,
-    tokenizer: Any,
-    eos_id: int,
-    *,
-    prompt_ids: Sequence[int] | None = None,
-    max_length: int | None = None,
-    prompt_messages: list[dict] | None = None,
-    template_kwargs: dict | None = None,
-) -> EncodedDemo:
-    """Tokens and mask of one raw demonstration; raises `Unusable` with the reason.
+def encode(demo: Any, tokenizer: Any, eos_id: int, *, prompt_ids=None, prompt_messages=None, **more) -> EncodedDemo:
+    """Tokens and mask of one raw demonstration; raises `Unusable` with the reason. Arguments as of ``encode_all``."""
+    one = Demo(demo)
+    encode_all([(one, prompt_ids, prompt_messages)], tokenizer, eos_id, **more)
+    if one.bad is not None:
+        raise one.bad
+    return one.encoded
 
-    `prompt_ids`: the rollouts' own prompt tokens, to see whether they open a reasoning tag. `max_length`: tokens that a
-    response may have, EOS included. `prompt_messages` and `template_kwargs` (`tools`, `enable_thinking` …) are what the
-    prompt was rendered from; only demonstrations of several turns or with tool calls need them.
+
+def encode_all(
+    asked: Sequence[tuple[Demo, Sequence[int] | None, list[dict] | None]],
+    tokenizer: Any,
+    eos_id: int | None,
+    max_length: int | None = None,
+    template_kwargs: dict | None = None,
+    tokens: Callable[[list[str]], list[list[int]]] | None = None,
+) -> None:
+    """Give each demonstration its tokens, or the reason why it has none; without a tokenizer, its cleaned text.
+
+    Args:
+        asked: each demonstration with the rollouts' own prompt tokens (do they open a reasoning tag?) and the messages
+            that the prompt was rendered from, as with ``template_kwargs`` (`tools`, `enable_thinking` …): for
+            demonstrations of several turns or with tool calls.
+        max_length: tokens that a response may have, EOS included. tokens: tokenises many texts; default: one by one.
     """
-    demo = plain(demo)
-    text = single_text(demo)
-    ends, think_tail = eos_texts(tokenizer, eos_id), open_think(prompt_ids, tokenizer)
-    if text is None:
-        return _encode_turns(demo, tokenizer, eos_id, max_length, prompt_messages, template_kwargs or {}, ends)
-    text = clean_text(text, ends, think_tail)
-    ids = finish(_tokens(text, tokenizer, max_length), eos_id, max_length)
-    return EncodedDemo(ids, [1] * len(ids), think_warnings(text, think_tail))
+    ends = [] if tokenizer is None else eos_texts(tokenizer, eos_id)
+    singles = []
+    for demo, prompt_ids, messages in asked:
+        try:
+            content = plain(demo.content)
+            text = single_text(content)
+            if text is not None:
+                tail = open_think(prompt_ids, tokenizer)
+                demo.text = clean_text(text, ends, tail)
+                bound_characters(demo.text, max_length)
+                singles.append((demo, tail))
+            elif tokenizer is not None:
+                demo.encoded = _encode_turns(content, tokenizer, eos_id, max_length, messages, template_kwargs, ends)
+                demo.length = len(demo.encoded.ids)
+        except Unusable as bad:
+            demo.bad = bad
+    if tokenizer is None:
+        return
+    tokens = tokens or (lambda texts: [tokenizer.encode(text, add_special_tokens=False) for text in texts])
+    for (demo, tail), ids in zip(singles, tokens([demo.text for demo, _ in singles]), strict=True):
+        demo.length = len(ids) + 1
+        try:
+            ids = finish(ids, eos_id, max_length)
+            demo.encoded = EncodedDemo(ids, [1] * len(ids), think_warnings(demo.text, tail))
+        except Unusable as bad:
+            demo.bad = bad
 
 
 def think_warnings(text: str, think_tail: str | None) -> tuple[str, ...]:
@@ -259,7 +341,7 @@ def _encode_turns(demo, tokenizer, eos_id, max_length, prompt_messages, template
         message_text(message)
 
     def render(messages: list[dict], generation: bool) -> str:
-        kwargs = {**template_kwargs, "tokenize": False, "add_generation_prompt": generation}
+        kwargs = {**(template_kwargs or {}), "tokenize": False, "add_generation_prompt": generation}
         try:
             return tokenizer.apply_chat_template([*prompt_messages, *messages], **kwargs)
         except Exception as error:  # templates raise whatever they like: Jinja's own errors, TypeError, KeyError

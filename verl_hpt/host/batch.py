@@ -15,7 +15,7 @@ import numpy as np
 from verl_hpt import config
 from verl_hpt import plan as mixing
 from verl_hpt.demos import encode as demos
-from verl_hpt.demos.columns import Demo, check_values, row_demos
+from verl_hpt.demos.columns import read_demos
 from verl_hpt.errors import UserError
 from verl_hpt.lifecycle import SPARED, UNKNOWN, Past
 from verl_hpt.normalize import relative
@@ -127,36 +127,19 @@ class Reader:
         Raises:
             UserError: ``hpt.demo.on_unusable=error`` and there is none: names the question and why.
         """
-        try:
-            raw, why = row_demos(group.columns, self.settings.key, self.columns), None
-        except demos.Unusable as error:
-            self._tell(group, error, counts)
-            return []
-        usable, retired = [], False
-        if raw and past.cooling:
+        key = self.settings.key
+        if past.cooling and demos.demonstrations(group.columns.get(key)):
             counts["history/cooling"] += 1
             return []
-        for demo in raw:
-            if past.retired(demo.index):
-                retired = True
-                continue
-            try:
-                encoded = demos.encode(
-                    demo.content,
-                    self.tokenizer,
-                    self.eos,
-                    prompt_ids=group.prompt,
-                    max_length=self.max_length,
-                    prompt_messages=demos.plain(group.columns.get("raw_prompt")),
-                    template_kwargs=self.template_kwargs,
-                )
-                usable.append((encoded, self._values(demo, encoded)))
-            except demos.Unusable as error:
-                why = why or error
-        if not usable and retired:
+        row = (group.columns, group.prompt, demos.plain(group.columns.get("raw_prompt")))
+        encoding = (self.tokenizer, self.eos, self.max_length, self.template_kwargs)
+        (found,) = read_demos([row], key, self.columns, *encoding, skip=past.retired)
+        asked = [demo for demo in found if not past.retired(demo.index)]
+        usable = [(demo.encoded, self._values(demo)) for demo in asked if demo.bad is None]
+        if not usable and len(asked) < len(found):
             counts["history/retired"] += 1
         elif not usable:
-            self._tell(group, why or demos.Unusable("null"), counts)
+            self._tell(group, asked[0].bad if asked else demos.Unusable("null"), counts)
         return usable
 
     def choose(self, group: Group, usable: Sequence[Candidate], draw: int, past: Past = UNKNOWN) -> list[Candidate]:
@@ -177,16 +160,14 @@ class Reader:
         )
         return [usable[i] for i in chosen]
 
-    def _values(self, demo: Demo, encoded: demos.EncodedDemo) -> dict:
-        """What the columns say of a demonstration, checked; raises `Unusable` for what does not fit or is missing."""
-        settings = self.settings
-        values = {**demo.values, **check_values(demo, self.columns, encoded)}
-        reward = math.nan if settings.reward is None else settings.reward  # nan: `mixing.demo_scores` says
-        given = {"place": demo.index, "content": demo.content, "reward": reward} | values
+    def _values(self, demo: demos.Demo) -> dict:
+        """What the columns and the settings say of a demonstration."""
+        reward = math.nan if self.settings.reward is None else self.settings.reward  # nan: `mixing.demo_scores` says
+        given = {"place": demo.index, "content": demo.content, "reward": reward, **demo.values}
         if "teacher_log_prob" in given:
             given["teacher_log_prob"] = np.minimum(given["teacher_log_prob"], 0.0)
         if "token_weights" in given:
-            given["token_weights"] = relative(given["token_weights"], encoded.mask)
+            given["token_weights"] = relative(given["token_weights"], demo.encoded.mask)
         return given
 
     def _tell(self, group: Group, why: demos.Unusable, counts: Counter) -> None:

@@ -144,15 +144,10 @@ class Run:
     def meet(self, tokenizer) -> None:
         """Once the tokenizer is there: the end token and the reader of demonstrations."""
         demo = self.settings.demo
-        self.eos = demo.eos if demo.eos is not None else tokenizer.eos_token_id
-        if self.eos is None:
-            raise UserError("the tokenizer has no EOS token; set hpt.demo.eos to the id that ends an answer")
-        stops = stop_ids(self.verl_config.actor_rollout_ref.model.path) | {tokenizer.eos_token_id}
-        if self.method.demos and self.eos not in stops:
-            raise UserError(
-                f"demonstrations would end with token {self.eos} (hpt.demo.eos), but generation stops at "
-                f"{sorted(stops - {None})}; set it to one of these"
-            )
+        model = self.verl_config.actor_rollout_ref.model.path
+        self.eos, stops, problem = demos.end_of_answers(tokenizer, model, demo.eos)
+        if self.method.demos and problem:
+            raise UserError(problem)
         self.stops = stops | {self.eos}
         self.context = context_length(self.verl_config.actor_rollout_ref)
         data = self.verl_config.data
@@ -357,14 +352,3 @@ def question_name(group: Group, column: str) -> str:
             f"{named}: its column {column!r} (hpt.question_key) names no question; fill it in, or drop hpt.question_key"
         )
     return str(value)
-
-
-def stop_ids(model_path: str) -> set[int]:
-    """Ids at which the model's own generation config stops; none where it says nothing."""
-    from transformers import GenerationConfig
-
-    try:
-        ids = GenerationConfig.from_pretrained(model_path).eos_token_id
-    except OSError:  # no generation_config.json
-        return set()
-    return set(ids) if isinstance(ids, list) else {ids} - {None}

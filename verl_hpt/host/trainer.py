@@ -30,7 +30,16 @@ from verl_hpt.demos import encode as demos
 from verl_hpt.demos.columns import packed, unpacked
 from verl_hpt.errors import UserError
 from verl_hpt.host import contract as host
-from verl_hpt.host.batch import Candidate, Group, Scored, gate_metric, group_rows, identity, questions_of, row_sums
+from verl_hpt.host.batch import (
+    Candidate,
+    Group,
+    Scored,
+    gate_metric,
+    group_rows,
+    identity,
+    questions_of,
+    row_sums,
+)
 from verl_hpt.host.loss_fn import hpt_loss
 from verl_hpt.host.rows import ENGINE_FIELDS, OwnRow, padding_row, token_fields
 from verl_hpt.host.run import Run, question_name

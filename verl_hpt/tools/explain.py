@@ -32,10 +32,11 @@ from verl_hpt import config
 from verl_hpt.errors import UserError
 from verl_hpt.estimator import Method, row_terms
 from verl_hpt.normalize import relative
-from verl_hpt.parts import RANGES, Constants, Tokens
+from verl_hpt.parts import ON_DEMAND, RANGES, Constants, Tokens
 from verl_hpt.plan import DEMO, Plan, PlanSettings, Question, plan
 
-TOKEN_KEYS = ("log_prob", "old_log_prob", "ref_log_prob", "teacher_log_prob", "entropy", "advantage", "token_weights")
+OF_TOKENS = tuple(name for name in ON_DEMAND if name != "other_log_prob")  # that one has a number a row
+TOKEN_KEYS = ("log_prob", *OF_TOKENS, "advantage", "token_weights")
 ROW_KEYS = {"length", "reward", "other_log_prob", *TOKEN_KEYS}
 ROLLOUT_KEYS = ROW_KEYS | {"truncated", "metric"}
 QUESTION_KEYS = {"uid", "source", "rollouts", "demos", "skipped_rollouts"}
@@ -146,27 +147,17 @@ def _of_tokens(row: dict) -> torch.Tensor:
 
 
 def _tokens(row: dict, result: Plan, i: int, method: Method, constants: Constants) -> Tokens:
-    def column(name: str) -> torch.Tensor | None:
-        if row.get(name) is None:  # what only the other kind of row needs, and has: computed on both, used on that one
-            return torch.zeros(1, row["length"], dtype=torch.float64) if name in method.needs else None
-        return torch.tensor([row[name]], dtype=torch.float64)
-
-    advantage = float(result.advantage[i])
-    given = column("advantage") if method.uses_critic else None
-    return Tokens(
-        log_prob=column("log_prob"),
-        mask=torch.ones(1, row["length"], dtype=torch.bool),
-        advantage=torch.tensor([[0.0 if math.isnan(advantage) else advantage]], dtype=torch.float64)
-        if given is None
-        else given,
-        reward=torch.tensor([[result.reward[i]]], dtype=torch.float64),
-        correct=torch.tensor([[bool(result.correct[i])]]),
-        old_log_prob=column("old_log_prob"),
-        ref_log_prob=column("ref_log_prob"),
-        teacher_log_prob=column("teacher_log_prob"),
-        entropy=column("entropy"),
-        other_log_prob=torch.tensor([[row["other_log_prob"] or 0.0]], dtype=torch.float64),
+    # What only the other kind of row needs, and has, is not given: computed on both, used on that one.
+    given = {name: row[name] if row[name] is None else [row[name]] for name in OF_TOKENS}
+    columns = {name: value for name, value in given.items() if value is not None or name not in method.needs}
+    return Tokens.on_paper(
+        [row["log_prob"]],
+        advantage=[row["advantage"]] if method.uses_critic and row["advantage"] else np.nan_to_num(result.advantage[i]),
+        reward=result.reward[i],
+        correct=result.correct[i],
+        other_log_prob=row["other_log_prob"] or 0.0,
         constants=constants,
+        **columns,
     )
 
 
@@ -236,7 +227,7 @@ def _row(given, where: str, demo_reward: float | None) -> dict:
     weights = row["token_weights"]
     if weights is not None and (is_rollout or min(weights) < 0 or not any(weights)):
         raise UserError(f"{where}.token_weights={weights!r}: 0 or more, one above 0, on demonstrations alone")
-    for key in ("log_prob", "old_log_prob", "ref_log_prob", "teacher_log_prob"):
+    for key in (key for key in TOKEN_KEYS if key.endswith("log_prob")):
         if row[key] is not None and max(row[key]) > 0:
             raise UserError(f"{where}.{key}={max(row[key])!r}: a log-probability is at most 0")
     return row

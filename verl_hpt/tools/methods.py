@@ -32,7 +32,7 @@ WHEN = {"gate": "by the gate", "always": "always", "never": "", "soft": "by shar
 # What the curves assume where a coefficient depends on more than p, said under the picture too.
 GROUP = 8  # rows of a question's group; one of them is right
 ENTROPY = 1.0  # nats, of every token
-OTHER_P = 0.5  # mean probability of a demonstration under other models (POFT)
+OTHER_P = 0.5  # probability of a demonstration's tokens under other models (POFT), under its author (`teacher`)
 P = np.logspace(-3, 0, 121)
 RATIO = np.linspace(0.01, 4, 400)
 
@@ -147,7 +147,7 @@ def demo_curves(methods: list[Method], kind: str) -> list[Curve]:
     for method in methods:
         term = method.term(kind)
         if term is not None:
-            terms = row_terms(method, _tokens(term.estimator, log_p, log_p, True), _column(True, len(P)))
+            terms = row_terms(method, _tokens(term.estimator, log_p, log_p, True), torch.tensor(True))
             w = (terms.demo if kind == "S" else terms.rl)[:, 0].numpy()
             found.append((method.name, term.scale * w))
     return _together(found, P)
@@ -163,7 +163,7 @@ def rollout_curves(methods: list[Method], correct: bool) -> list[Curve]:
     for method in methods:
         if method.rollouts is not None and not method.uses_critic:
             tokens = _tokens(method.rollouts, log_p, log_p - np.log(RATIO), correct)
-            w = row_terms(method, tokens, _column(False, len(RATIO))).rl[:, 0].numpy()
+            w = row_terms(method, tokens, torch.tensor(False)).rl[:, 0].numpy()
             found.append((method.name, w))
     return _together(found, RATIO)
 
@@ -174,22 +174,16 @@ def _tokens(estimator: Estimator, log_prob: np.ndarray, old_log_prob: np.ndarray
     rewards = np.zeros(GROUP)
     rewards[0] = 1.0
     advantage = over_group(rewards)[0 if correct else 1] if over_group is not None else 0.0
-    points = len(log_prob)
-    return Tokens(
-        log_prob=torch.tensor(log_prob)[:, None],
-        mask=_column(True, points),
-        advantage=_column(float(advantage), points),
-        reward=_column(float(correct), points),
-        correct=_column(correct, points),
-        old_log_prob=torch.tensor(old_log_prob)[:, None],
-        ref_log_prob=torch.tensor(log_prob)[:, None],
-        entropy=_column(ENTROPY, points),
-        other_log_prob=_column(float(np.log(OTHER_P)), points),
+    return Tokens.on_paper(
+        log_prob[:, None],
+        advantage=advantage,
+        reward=float(correct),
+        correct=correct,
+        old_log_prob=old_log_prob[:, None],
+        entropy=ENTROPY,
+        other_log_prob=np.log(OTHER_P),
+        teacher_log_prob=np.log(OTHER_P),
     )
-
-
-def _column(value: float | bool, points: int) -> torch.Tensor:
-    return torch.full((points, 1), value, dtype=torch.bool if isinstance(value, bool) else torch.float64)
 
 
 def _together(found: list[tuple[str, np.ndarray]], x: np.ndarray) -> list[Curve]:
@@ -230,7 +224,7 @@ def plot(methods: list[Method], path: str) -> None:
     figure.supxlabel(
         f"A token learns w · ∇ log p, before λ and normalisation. Rows of one token, groups of {GROUP} with one right "
         "row; above, that is the demonstration,\nand π_old = π_ref = π_θ. Below, p = 0.2. "
-        f"Token entropy {ENTROPY:g} nat; other models' p {OTHER_P:g} (poft). "
+        f"Token entropy {ENTROPY:g} nat; other models' and a teacher's p {OTHER_P:g}. "
         "Clip 0.2/0.2, dual clip 3 (GSPO's paper: 3e-4/4e-4).",
         fontsize=9,
     )
