@@ -1,6 +1,9 @@
 """Alarms: each goes off after its steps in a row, is said once, names what to set, and survives a resume."""
 
 import logging
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -139,3 +142,33 @@ def test_a_damaged_file_is_named_with_what_to_do(tmp_path, text):
     (tmp_path / FILE).write_text(text)
     with pytest.raises(UserError, match=rf"{FILE} cannot be read .*delete it"):
         Alarms().load(str(tmp_path))
+
+
+def test_a_file_that_cannot_be_opened_is_named_too(tmp_path):
+    (tmp_path / FILE).mkdir()
+    with pytest.raises(UserError, match=rf"{FILE} cannot be read \(IsADirectoryError.*delete it"):
+        Alarms().load(str(tmp_path))
+
+
+def test_how_many_steps_each_alarm_waits():
+    assert {name: alarm.steps for name, alarm in ALARMS.items()} == {
+        "truncated_success": 3, "all_truncated": 5, "length": 3, "entropy": 3, "clipped": 5, "all_demos": 20,
+        "never_solved": 20, "one_signal": 5,
+    }  # fmt: skip
+
+
+def test_a_number_that_a_step_does_not_have_is_no_alarm_and_no_reference():
+    """Entropy stands in the metrics only where it is computed; the first five values are the reference, not steps."""
+    alarms = Alarms()
+    without = {name: value for name, value in QUIET.items() if name != "actor/entropy"}
+    for step in range(1, 9):
+        assert alarms.watch(step, without)[PREFIX + "entropy"] == 0
+    told = [alarms.watch(step, QUIET | {"actor/entropy": 1.0 if step < 14 else 2.5}) for step in range(9, 17)]
+    assert [t[PREFIX + "entropy"] for t in told] == [0.0] * 7 + [1.0]
+    assert Alarms().watch(1, {}).keys() == {"hpt/all_demo_streak", *(PREFIX + name for name in ALARMS)}
+
+
+def test_the_report_reads_the_table_of_alarms_without_torch():
+    code = "import sys, verl_hpt.alarms; sys.exit(bool({'torch', 'verl'} & set(sys.modules)))"
+    environment = {**os.environ, "VERL_USE_EXTERNAL_PLUGINS": "none"}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0

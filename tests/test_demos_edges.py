@@ -1,5 +1,6 @@
 """Demonstrations and their columns at the edges: each message, each bound, each way through."""
 
+import dataclasses
 import json
 from collections import UserList
 from types import SimpleNamespace
@@ -480,6 +481,16 @@ def test_turns_are_bounded_and_may_not_be_empty():
     assert refused([say(5), {"role": "tool", "content": "4"}, say("a")]) == ("not_text", "content is int")
 
 
+def test_turns_of_which_a_template_leaves_nothing_are_empty(monkeypatch):
+    ends = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
+    monkeypatch.setattr(tiny("qwen2.5"), "chat_template", ends)
+    user = {"role": "user", "content": ""}
+    assert refused([say(""), user, say("")]) == ("empty", "")
+    tokenizer = tiny("qwen2.5")
+    said = encode([say(""), user, say("a")], tokenizer, tokenizer.eos_token_id)
+    assert said.mask == [1, 1, 1] and tokenizer.decode(said.ids) == "<|im_end|>a<|im_end|>"
+
+
 @pytest.mark.parametrize(
     ("template", "why"),
     [
@@ -532,6 +543,28 @@ def test_defaults_and_bounds_of_a_choice():
     assert select("abc", "unseen_first", 2, seen=[9, 0, 4].__getitem__) == [1, 2]
     assert select("abc", "unseen_first", 2, seen={0: 1, 1: None, 2: 3}) == [1, 0]
     assert SELECTORS == ("first", "random", "round_robin", "shortest", "likelihood", "unseen_first")
+
+
+@pytest.mark.parametrize("how", ["random", "round_robin", "unseen_first"])
+def test_a_choice_of_which_nothing_is_said_is_that_of_seed_and_draw_0_and_an_empty_key(how):
+    chosen = [select("abcdefgh", how, 3, question_key=key) for key in range(9)]
+    assert chosen == [select("abcdefgh", how, 3, seed=0, draw=0, question_key=key) for key in range(9)]
+    assert chosen != [select("abcdefgh", how, 3, seed=1, draw=0, question_key=key) for key in range(9)]
+    assert chosen != [select("abcdefgh", how, 3, seed=0, draw=1, question_key=key) for key in range(9)]
+    assert select("abcdefgh", how, 8) == select("abcdefgh", how, 8, question_key="")
+
+
+@pytest.mark.parametrize("seed", range(9))
+def test_a_demonstration_never_seen_comes_before_one_that_was_seen_once(seed):
+    for unseen in (None, 0):
+        assert select("abc", "unseen_first", 1, seed=seed, seen={0: 1, 1: unseen, 2: 1}) == [1]
+
+
+@pytest.mark.parametrize("value", [Demo("a", 0), DemoColumns(), EncodedDemo([1], [1])])
+def test_what_is_known_of_a_demonstration_cannot_be_changed(value):
+    name = dataclasses.fields(value)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(value, name, None)
 
 
 def test_what_a_choice_lacks_is_told():

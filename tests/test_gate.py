@@ -75,3 +75,44 @@ def test_a_gates_name_is_taken_once():
     with pytest.raises(ValueError, match="gate 'linear' is already registered: choose another name"):
         gate.register_gate(linear)
     assert gate.GATES["linear"] is gate.linear
+
+
+@pytest.mark.parametrize(
+    ("settings", "every"),
+    [
+        (GateSettings(), False),
+        (GateSettings(threshold=0.99), False),
+        (GateSettings(threshold=1.0), True),
+        (GateSettings(threshold=2.0), True),
+        (GateSettings(count=3), False),
+        (GateSettings(count=4), True),
+        (GateSettings(threshold=1.0, count=3), False),  # the count wins
+        (GateSettings(threshold=-1.0), False),
+        (GateSettings(threshold=0.0, off=1.0), False),  # the off zone is no imitation
+    ],
+)
+def test_every_question_is_on_its_demonstration_where_four_of_four_solved_still_is(settings, every):
+    assert gate.always_demo(settings, 4) is every
+    assert all(decide(solved, 4, settings) == DEMO for solved in range(5)) is every
+
+
+def test_a_users_gate_is_never_taken_to_put_every_question_on_its_demonstration():
+    assert gate.always_demo(GateSettings(threshold=1.0, function="linear"), 4) is False
+
+
+def test_what_a_question_trains_on_by_value():
+    shares = {d.zone: (d.on, d.off, d.sft) for d in (RL, DEMO, OFF, gate.BOTH)}
+    assert shares == {"rl": (1, 0, 0), "demo": (0, 1, 1), "off": (0, 1, 0), "both": (1, 1, 1)}
+
+
+@pytest.mark.parametrize("demo_correct", [True, False])
+@pytest.mark.parametrize("soft", [None, ((0, 0, 1), (1, 0, 0)), ((0, 0, 1), (0.5, 0, 0.5), (1, 0, 0))])
+@pytest.mark.parametrize("n", [0, 1, 3, 7, 8, 16])
+def test_all_solved_is_the_last_entry_of_every_soft_table(n, soft, demo_correct):
+    """No number solved of a group reads beyond the table."""
+    table = soft or gate.SOFT_TABLE
+    rows = [decide_soft(s, n, demo_correct, GateSettings(soft=soft)) for s in range(n + 1)]
+    first = table[1 if soft is None and demo_correct else 0]
+    assert (rows[0].on, rows[0].off, rows[0].sft) == tuple(first)
+    if n:
+        assert (rows[-1].on, rows[-1].off, rows[-1].sft) == tuple(table[-1])

@@ -18,7 +18,7 @@ import json
 import numpy as np
 import pytest
 
-from verl_hpt.normalize import weights
+from verl_hpt.normalize import NORMALIZATIONS, weights
 from verl_hpt.tools.explain import explain
 
 
@@ -98,3 +98,39 @@ def test_an_unknown_normalisation_is_named_with_the_choices():
     row = np.ones(1)
     with pytest.raises(ValueError, match="unknown normalization 'mean'; one of question, sequence, token, paper"):
         weights("mean", row, row, row, row, length_scale=16, demo_coef=1)
+
+
+@pytest.mark.parametrize("name", NORMALIZATIONS)
+def test_a_step_without_rows_has_no_weights(name):
+    none = np.zeros(0)
+    of_rl, of_demos = weights(name, none, none, none, none, length_scale=16, demo_coef=1)
+    assert of_rl.shape == of_demos.shape == (0,)
+
+
+def test_weights_of_every_normalisation_by_hand():
+    """Question 3: two rollouts and a demonstration with both terms; 5: two demonstrations; 9: a rollout at half share.
+
+    Tokens 4, 0, 10 | 2, 8 | 5; an empty row's length counts as 1. L 16, λ 0.3; RL tokens 19, demonstrations' 20.
+    """
+    question, tokens = np.array([3, 3, 3, 5, 5, 9]), np.array([4, 0, 10, 2, 8, 5])
+    rl, demo = np.array([1, 1, 1, 0, 0, 0.5]), np.array([0, 0, 0.1, 1, 1, 0])
+    third, expected = 1 / 3, {}
+    of_rl = np.array([third, third, third, 0, 0, 0.5])  # 1/n_q times the share
+    of_demos = 0.3 * np.array([0, 0, 0.1 / 10, 0.5 / 2, 0.5 / 8, 0])  # λ/k_q/|τ| times the share
+    by_tokens = 0.3 * np.array([0, 0, 0.1, 1, 1, 0]) / 20
+    expected["question"] = of_rl / 3 / 16, of_demos / 3
+    expected["sequence"] = of_rl / 3 / np.array([4, 1, 10, 2, 8, 5]), of_demos / 3
+    expected["token"] = rl / 19, by_tokens
+    expected["paper"] = of_rl, of_demos
+    expected["official"] = rl / 16, by_tokens
+    for name in NORMALIZATIONS:
+        got = weights(name, question, tokens, rl, demo, length_scale=16.0, demo_coef=0.3)
+        for ours, by_hand in zip(got, expected[name], strict=True):
+            assert ours == pytest.approx(by_hand, rel=1e-12), name
+
+
+def test_a_step_whose_rows_have_no_token_has_finite_weights():
+    one = np.ones(1)
+    for name in NORMALIZATIONS:
+        got = weights(name, one, np.zeros(1), one, one, length_scale=16.0, demo_coef=1.0)
+        assert [x.tolist() for x in got] == [[1 / 16 if name in ("question", "official") else 1.0], [1.0]]

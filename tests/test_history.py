@@ -1,5 +1,6 @@
 """The history of questions, and what follows from it."""
 
+import dataclasses
 import os
 import time
 
@@ -64,6 +65,22 @@ def test_an_index_of_any_size_finds_what_it_holds_and_keeps_room():
         assert index.find(keys).tolist() == [*range(size), *[-1] * (3000 - size)]
         assert index.add(keys[:0]).tolist() == [] and index.find(keys[:0]).tolist() == []
         assert len(index._table) > size / 0.7, "open addressing needs free places"
+
+
+def test_an_index_of_more_keys_than_it_places_at_once_finds_them_all():
+    """Its table is filled by 2^20 keys at a time."""
+    keys = np.arange((1 << 20) + 70_000, dtype=np.uint64)
+    index = Index(keys)
+    at = np.array([0, (1 << 20) - 1, 1 << 20, len(keys) - 1])
+    assert index.find(keys[at]).tolist() == at.tolist() and len(index) == len(keys)
+    assert (index.find(keys[1 << 20 :]) >= 1 << 20).all()
+    assert index.find(np.array([len(keys)], dtype=np.uint64)).tolist() == [-1]
+
+
+def test_what_a_step_did_cannot_be_changed():
+    draw = Draw(*(np.zeros(0) for _ in range(6)))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        draw.keys = draw.prompts
 
 
 # --- what is remembered -----------------------------------------------------------------------------------------------

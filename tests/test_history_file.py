@@ -110,6 +110,8 @@ CRAFTED = {
     "a row below": (at("prompt_rows", 3, -1), f"go from -1 to .* its {KEYS} questions from 0 to {KEYS - 1}$"),
     "a row above": (at("prompt_rows", 0, KEYS), f"prompt_rows go from .* to {KEYS}, its {KEYS} questions"),
     "a key twice": (at("keys", 1, GOOD["keys"][0]), f"keys has 1 of its {KEYS} numbers twice"),
+    "the largest key twice": (at("keys", [0, 1], GOOD["keys"].max()), f"keys has [12] of its {KEYS} numbers twice"),
+    "two keys twice": (changed(keys=np.append(np.repeat(GOOD["keys"][:2], 2), GOOD["keys"][4:])), "keys has 2 of its"),
     "a prompt twice": (at("prompts", 1, GOOD["prompts"][0]), "prompts has 1 of its"),
     "a demonstration twice": (at("demos", 1, GOOD["demos"][0]), "demos has 1 of its"),
     "tokens of nothing": (changed(tokens_saved=np.array(np.nan)), "tokens_saved is nan, not a number of at least 0"),
@@ -192,6 +194,19 @@ def test_prompts_may_lead_to_the_first_and_the_last_question_and_there_may_be_no
         history.load_state_dict(state | {"prompt_rows": np.array(rows, np.int32)})
         known, keys = history.keys_of_prompts(np.array([1, 2, 3], np.uint64)[: len(rows)])
         assert known.all() and keys.tolist() == [5 + row for row in rows]
+
+
+def test_the_file_of_version_2_has_these_arrays():
+    """Another name or type is another version: what older runs wrote would be refused, or read as something else."""
+    kinds = {name: (np.dtype(kind).name, of) for name, (kind, of) in ARRAYS.items()}
+    assert (VERSION, FILE, kinds) == (2, "hpt_history.npz", {
+        "version": ("int64", None), "tokens_saved": ("float64", None), "depends": ("str", None),
+        "keys": ("uint64", "keys"), "prompts": ("uint64", "prompts"), "prompt_rows": ("int32", "prompts"),
+        "demos": ("uint64", "demos"), "demo_uses": ("uint16", "demos"), "solved": ("uint16", "keys"),
+        "rollouts": ("uint16", "keys"), "drawn": ("uint32", "keys"), "failures": ("uint16", "keys"),
+        "uses": ("uint32", "keys"), "drawn_at": ("int32", "keys"), "taught_at": ("int32", "keys"),
+        "flags": ("uint8", "keys"),
+    })  # fmt: skip
 
 
 def test_a_refused_state_leaves_the_history_as_it_was():

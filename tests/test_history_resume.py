@@ -255,3 +255,13 @@ def test_the_tokenizer_of_a_run_is_described_in_its_checkpoint(tmp_path):
         "identity": identity,
         "flags": {"hpt.gate": {"success": 1.0, "finished": True, "metric": None}},
     }
+
+
+def test_tokens_that_a_tokenizer_puts_around_every_text_are_not_in_its_fingerprint():
+    """Prompts and answers are tokenised without them."""
+
+    class Begins(Letters):
+        def encode(self, text, add_special_tokens=True):
+            return [1] * add_special_tokens + super().encode(text)
+
+    assert fingerprint(Begins(), {}) == fingerprint(Letters(), {})

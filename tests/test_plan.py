@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from verl_hpt.gate import GateSettings
+from verl_hpt import gate
+from verl_hpt.gate import Decision, GateSettings
 from verl_hpt.methods import METHODS
 from verl_hpt.plan import DEMO, PADDING, ROLLOUT, PlanSettings, Question, plan
 
@@ -116,3 +117,125 @@ def test_several_demonstrations_each_get_a_row_and_share_the_questions_weight():
 def test_s3ft_trains_on_its_first_correct_rollout_else_on_the_demonstration():
     result = plan([question("a", [0, 1, 1]), question("b", [0, 0])], settings("s3ft", questions_per_step=2))
     assert list(zip(result.question, result.kind, result.index, strict=True)) == [(0, ROLLOUT, 1), (1, DEMO, 0)]
+
+
+# --- what a question trains on, by value ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "rewards", "demos", "expected"),
+    [
+        ("sft", [1, 0], 1, gate.DEMO),
+        ("sft", [1, 0], 0, Decision("none", 0.0, 0.0, 0.0)),
+        ("dr_grpo", [0, 0], 0, gate.RL),
+        ("luffy", [0, 0], 1, gate.BOTH),
+        ("luffy", [0, 0], 0, gate.RL),
+        ("hpt", [0, 0], 1, gate.DEMO),
+        ("hpt", [1, 0], 1, gate.RL),
+        ("s3ft", [0, 1], 1, Decision("own", 0.0, 0.0, 1.0)),
+        ("s3ft", [0, 1], 0, Decision("own", 0.0, 0.0, 1.0)),
+        ("s3ft", [0, 0], 1, gate.DEMO),
+        ("s3ft", [0, 0], 0, Decision("none", 0.0, 0.0, 0.0)),
+        ("superrl", [0, 0.5], 1, gate.RL),  # rewarded, though not solved
+        ("superrl", [0, 0], 1, gate.DEMO),
+        ("superrl", [-1, -0.5], 1, gate.DEMO),
+        (
+            "hpt_soft",
+            [1, 0],
+            1,
+            Decision("soft", 1.0, 0.25, 0.0),
+        ),  # entry 5: half of 7 rounded up, the demonstration's 1
+    ],
+)
+def test_the_decision_of_every_rule(method, rewards, demos, expected):
+    assert plan([question("a", rewards, demos)], settings(method)).decisions == [expected]
+
+
+# --- the entropy bonus ----------------------------------------------------------------------------------------------
+
+
+STEP = [question("a", [1, 0]), question("b", [0, 0, 0]), question("c", [1, 1, 0], demos=0)]  # lengths 5, 6, …
+
+
+@pytest.mark.parametrize("normalization", ["question", "sequence", "token", "paper"])
+@pytest.mark.parametrize("method", ["hpt", "luffy", "hpt_soft"])
+def test_the_entropy_bonus_weighs_rollouts_as_their_own_terms_and_demonstrations_by_nothing(method, normalization):
+    made = plan(STEP, settings(method, normalization=normalization, questions_per_step=9))
+    rollouts = made.kind == ROLLOUT
+    assert (made.w_rl[rollouts] > 0).all() and (made.kind == DEMO).any()
+    assert made.w_entropy[rollouts].tolist() == made.w_rl[rollouts].tolist()
+    assert made.w_entropy[~rollouts].tolist() == [0] * (~rollouts).sum()
+
+
+def test_the_official_entropy_bonus_is_a_mean_over_the_rollouts_tokens():
+    made = plan(STEP, settings("luffy", normalization="official", questions_per_step=9))
+    rollouts = made.kind == ROLLOUT
+    assert made.w_entropy[rollouts] == pytest.approx([1 / (5 + 6 + 5 + 6 + 7 + 5 + 6 + 7)] * 8)
+    assert made.w_entropy[~rollouts].tolist() == [0, 0]
+    gated = plan(STEP, settings("hpt", normalization="official", questions_per_step=9))
+    assert gated.w_entropy[gated.kind == ROLLOUT] == pytest.approx([1 / (5 + 6 + 5 + 6 + 7)] * 5)
+
+
+def test_the_official_entropy_bonus_goes_by_optimizer_step_and_by_share():
+    """Each step has the mean over its own tokens; a share of the rollouts is a share of their bonus."""
+    made = plan(STEP[:2], settings("luffy", normalization="official", questions_per_step=1))
+    for q, tokens in ((0, 5 + 6), (1, 5 + 6 + 7)):
+        here = (made.question == q) & (made.kind == ROLLOUT)
+        assert made.w_entropy[here] == pytest.approx([1 / tokens] * here.sum())
+    halves = GateSettings(soft=((0.5, 0, 0.5),) * 2)
+    made = plan(STEP[:1], settings("hpt_soft", normalization="official", gate=halves))
+    assert made.w_entropy.tolist() == pytest.approx([0.5 / 11, 0.5 / 11, 0])
+
+
+def test_own_rollouts_that_are_imitated_have_no_entropy_bonus():
+    made = plan([question("a", [0, 1])], settings("s3ft"))
+    assert (made.w_rl.tolist(), made.w_entropy.tolist()) == ([0], [0]) and made.w_demo == pytest.approx([0.1 / 6])
+
+
+# --- steps without a row --------------------------------------------------------------------------------------------
+
+
+def test_a_batch_without_a_question_is_a_step_of_padding():
+    made = plan([], settings(ranks=2, rows_multiple=3, questions_per_step=4))
+    assert (made.steps, made.rows_per_step, made.layout.tolist(), len(made)) == (1, 6, [PADDING] * 6, 0)
+    assert made.decisions == made.solved == made.dropped == []
+
+
+def test_rows_are_dealt_by_load_to_the_rank_with_the_fewest_tokens():
+    """Demonstrations of 40, 30, 20 and 10 tokens on two ranks: 40 and 10, 30 and 20."""
+    batch = [Question(str(n), np.zeros(1), np.ones(1, int), demo_lengths=np.array([n]), demo_rewards=np.ones(1))
+             for n in (10, 20, 30, 40)]  # fmt: skip
+    made = plan(batch, settings("sft", questions_per_step=4, ranks=2))
+    assert (made.steps, made.rows_per_step) == (1, 4)
+    assert [made.tokens[row] for row in made.layout] == [40, 10, 30, 20]
+
+
+# --- why a row is left out ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "rewards", "demos", "gated", "why"),
+    [
+        ("hpt", [0, 0], 1, {}, "the question trains on its demonstration"),
+        ("hpt_off_on", [1, 0], 1, {"off": 0.5}, "the question trains off-policy on its demonstration"),
+        ("s3ft", [0, 1], 1, {}, "the question trains on its first correct rollout"),
+        ("s3ft", [0, 0], 0, {}, "the method trains on demonstrations only, and the question has no usable one"),
+        ("hpt_soft", [0, 0], 1, {"soft": ((0, 0, 1), (1, 0, 0))}, "its coefficient is 0"),
+    ],
+)
+def test_a_rollout_that_is_left_out_says_why(method, rewards, demos, gated, why):
+    made = plan([question("a", rewards, demos)], settings(method, gate=GateSettings(**gated)))
+    assert {d.why for d in made.dropped if d.kind == ROLLOUT} == {why}
+
+
+@pytest.mark.parametrize(
+    ("method", "rewards", "gated", "why"),
+    [
+        ("hpt", [1, 0], {}, "the question trains on its rollouts"),
+        ("s3ft", [0, 1], {}, "the question trains on its own correct rollout"),
+        ("hpt_soft", [1, 1], {"soft": ((0, 0, 1), (1, 0, 0))}, "its coefficient is 0"),
+    ],
+)
+def test_a_demonstration_that_is_left_out_says_why(method, rewards, gated, why):
+    made = plan([question("a", rewards)], settings(method, gate=GateSettings(**gated)))
+    assert [(d.question, d.index, d.why) for d in made.dropped if d.kind == DEMO] == [(0, 0, why)]

@@ -366,3 +366,31 @@ def test_rollout_correction_without_the_rollouts_log_probs_is_refused():
     with pytest.raises(UserError, match=r"rollout_is=sequence needs .*; set .*rollout\.calculate_log_probs=True"):
         make_run(*settings)
     assert make_run(*settings, "++hpt.method=sft").method.rollouts is None, "no rollouts to correct"
+
+
+# --- what the alarms are told -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        (["++hpt.method=sft"], {1: True, 99: True}),
+        (["++hpt.method=grpo"], {1: False}),
+        ([], {1: False}),
+        (["++hpt.gate.threshold=1.0"], {1: True}),
+        (["++hpt.gate.count=4"], {1: True}),
+        (["++hpt.gate.threshold={start: 1.0, end: 0.0, steps: 3, shape: step}"], {3: True, 4: False}),
+        (["++hpt.gate.threshold=1.0", "++hpt.per_source={a: {gate: {threshold: 0.5}}}"], {1: False}),
+        (["++hpt.per_source={a: {gate: {threshold: 1.0}}}"], {1: False}),
+        (["++hpt.gate.threshold=1.0", "++hpt.per_source={a: {gate: {count: 4}}}"], {1: True}),
+    ],
+)
+def test_a_step_on_demonstrations_alone_is_scheduled_where_every_gate_says_so(settings, steps):
+    run = make_run(f"{ROLL}.n=4", *settings)
+    assert {step: run.alarms.scheduled(step) for step in steps} == steps
+
+
+def test_the_number_that_a_gate_reads_is_its_sources_own_else_the_general_one():
+    run = make_run("++hpt.gate.metric=acc", "++hpt.per_source={a: {gate: {metric: shape}}, b: {gate: {count: 1}}}")
+    assert [run.metric_of(source) for source in ("a", "b", "elsewhere")] == ["shape", "acc", "acc"]
+    assert make_run("++hpt.per_source={a: {gate: {metric: shape}}}").metric_of("elsewhere") is None

@@ -148,7 +148,7 @@ def decide_soft(solved: int, n: int, demo_correct: bool, settings: GateSettings)
     if settings.soft is None and demo_correct:
         last, counted = last - 1, 1
     at = counted + int(last * solved / max(n, 1) + 0.5)
-    on, off, sft = table[min(at, len(table) - 1)]
+    on, off, sft = table[at]
     return Decision("soft", float(on), float(off), float(sft))
 
 
