@@ -5,6 +5,7 @@ import itertools
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,6 +16,7 @@ from tiny_run import make_run
 from tiny_tokenizers import STYLES, tiny
 from transformers import AutoTokenizer
 
+from verl_hpt.config import Demo
 from verl_hpt.cpu.quickstart import byte_tokenizer
 from verl_hpt.data.commands import main
 from verl_hpt.data.questions import shared_frame, unframed
@@ -22,6 +24,7 @@ from verl_hpt.data.render import Renderer
 from verl_hpt.data.report import histogram
 from verl_hpt.demos.encode import EncodedDemo, Unusable, encode
 from verl_hpt.errors import UserError
+from verl_hpt.questions import Group, Reader
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -268,6 +271,27 @@ def test_an_open_reasoning_tag_is_the_same_in_check_and_training(tmp_path, token
     assert shown["prompt_ids"] == ids and shown["ids"] == trained
     said = demo if tail.strip() else demo.removeprefix("<think>" + tail)
     assert tokenizer.decode(trained[:-1]) == said
+
+
+@pytest.mark.parametrize(
+    ("target", "rewards", "reason"),
+    [
+        (["#### 1 <|im_end|> b"], [None], "eos_inside"),  # its reward is missing too
+        (["#### 1"], [None], "bad_column"),
+        (["#### 1", "1"], [1.0], "bad_column"),
+        ([" "], [1.0], "empty"),
+    ],
+)
+def test_reasons_are_those_of_training_for_every_demonstration(tmp_path, tokenizers, target, rewards, reason):
+    columns = {"target": target, "r": rewards}
+    file = write(tmp_path / "a.parquet", [{**verl_row("a?", None, "1"), **columns}])
+    options = ("--tokenizer", str(tokenizers / "qwen2.5"), "--demo-reward-key", "r")
+    _, _, result = checked(tmp_path, file, *options)
+    assert result["unusable"] == {reason: len(target)} and result["demonstrations"] == len(target)
+    tokenizer, counts = tiny("qwen2.5"), Counter()
+    reader = Reader(tokenizer, tokenizer.eos_token_id, Demo(reward="r"), 64)
+    assert reader.candidates(Group("u", [0], columns=columns), counts) == []
+    assert counts == {"unusable": 1, f"unusable/{reason}": 1}
 
 
 def test_several_demonstrations_and_tools_are_checked_one_by_one(tmp_path, tokenizers):
