@@ -264,7 +264,7 @@ OUTPUT = {"log_probs": torch.nested.as_nested_tensor([torch.zeros(4)], layout=to
 
 
 def refusal(monkeypatch, output, **settings) -> str:
-    monkeypatch.setattr("verl_hpt.loss.no_padding_2_padding", lambda values, data: values)
+    monkeypatch.setattr("verl_hpt.host.loss_fn.no_padding_2_padding", lambda values, data: values)
     with pytest.raises(KeyError) as error:
         hpt_loss(output, PRESENT, spec=LossSpec(**settings))
     return error.value.args[0]
