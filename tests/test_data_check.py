@@ -24,7 +24,7 @@ from verl_hpt.data.render import Renderer
 from verl_hpt.data.report import histogram
 from verl_hpt.demos.encode import EncodedDemo, Unusable, encode
 from verl_hpt.errors import UserError
-from verl_hpt.questions import Group, Reader
+from verl_hpt.host.batch import Group, Reader
 
 ROOT = Path(__file__).resolve().parents[1]
 
