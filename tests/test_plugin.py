@@ -96,14 +96,14 @@ with hydra.initialize_config_dir(str(Path(verl.__file__).parent / "trainer/confi
         wrong = type(error).__name__
 composed = [a.algorithm.adv_estimator, a.hpt.gate.threshold, a.hpt.demo_coef, b.hpt.gate.threshold, wrong]
 
-from verl_hpt.host import contract as host
+from verl_hpt.host import contract
 from verl_hpt.errors import UserError
-missing = host.missing()
+missing = contract.missing()
 del trainer_base.PPOTrainer._update_actor
-gone = host.missing()
-host.version = lambda name: "0.8.2"
+gone = contract.missing()
+contract.version = lambda name: "0.8.2"
 try:
-    host.check(); unsupported = ""
+    contract.check(); unsupported = ""
 except UserError as error:
     unsupported = str(error)
 print(json.dumps(dict(

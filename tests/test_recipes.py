@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 from verl_hpt import config
 from verl_hpt.errors import UserError
 from verl_hpt.gate import decide
-from verl_hpt.host import refusals as guard
+from verl_hpt.host import refusals
 from verl_hpt.parts import Tokens, ppo_clip
 
 REPO = Path(__file__).resolve().parents[1]
@@ -192,7 +192,7 @@ def check(overrides: list[str], base):
     if composed.algorithm.adv_estimator == "hpt":
         settings = settings_of(composed)
         method = config.resolve_method(settings)
-        guard.refuse(composed, settings, method, has_reference=has_reference, has_critic=has_critic)
+        refusals.refuse(composed, settings, method, has_reference=has_reference, has_critic=has_critic)
     else:
         assert "hpt" not in composed, "settings of ours in a run that is not ours"
     return composed

@@ -15,7 +15,7 @@ from verl_hpt.demos.columns import packed, unpacked
 from verl_hpt.demos.encode import plain
 from verl_hpt.errors import UserError
 from verl_hpt.gate import GateSettings
-from verl_hpt.host import refusals as guard
+from verl_hpt.host import refusals
 from verl_hpt.host.batch import Reader, questions_of
 from verl_hpt.host.loss_fn import hpt_loss
 from verl_hpt.host.run import Run
@@ -287,4 +287,4 @@ def test_a_model_is_asked_once_and_only_about_questions_with_a_choice():
 def test_settings_that_have_nothing_to_work_on_are_refused(node, message):
     settings = config.load(node)
     with pytest.raises(UserError, match=message):
-        guard.refuse(compose(), settings, config.resolve_method(settings), has_reference=False, has_critic=False)
+        refusals.refuse(compose(), settings, config.resolve_method(settings), has_reference=False, has_critic=False)

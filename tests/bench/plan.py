@@ -40,7 +40,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from verl_hpt.cpu.quickstart import byte_tokenizer
-from verl_hpt.host import contract as host
+from verl_hpt.host import contract
 from verl_hpt.host.run import Run
 from verl_hpt.host.trainer import hybrid
 from verl_hpt.methods import METHODS
@@ -71,7 +71,7 @@ def trainer_without_workers(config):
     """Our trainer over verl's, with what the measured methods touch and nothing else."""
     trainer = object.__new__(hybrid(PPOTrainerSync))
     trainer.config, trainer.global_steps = config, 1
-    trainer.hpt = Run(config, verl=host.check(), kl_penalty=kl_penalty, has_reference=False, has_critic=False)
+    trainer.hpt = Run(config, verl=contract.check(), kl_penalty=kl_penalty, has_reference=False, has_critic=False)
     trainer.hpt.meet(byte_tokenizer())
     trainer.actor_rollout_wg = SimpleNamespace(_dispatch_info={"actor": list(range(RANKS))})
     return trainer

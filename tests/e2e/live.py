@@ -88,7 +88,7 @@ def _switch(trainer):
                 served = (trainer.need_reference_policy(self.config), trainer.need_critic(self.config))
                 self.hpt = trainer.Run(
                     self.config,
-                    verl=trainer.host.check(),
+                    verl=trainer.contract.check(),
                     kl_penalty=trainer.kl_penalty,
                     has_reference=served[0],
                     has_critic=served[1],

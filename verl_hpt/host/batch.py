@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from verl_hpt import config
-from verl_hpt import plan as mixing
 from verl_hpt.demos import encode as demos
 from verl_hpt.demos.columns import read_demos
 from verl_hpt.errors import UserError
 from verl_hpt.lifecycle import SPARED, UNKNOWN, Past
 from verl_hpt.normalize import relative
-from verl_hpt.plan import PlanSettings, Question
+from verl_hpt.plan import PlanSettings, Question, decide
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +161,7 @@ class Reader:
 
     def _values(self, demo: demos.Demo) -> dict:
         """What the columns and the settings say of a demonstration."""
-        reward = math.nan if self.settings.reward is None else self.settings.reward  # nan: `mixing.demo_scores` says
+        reward = math.nan if self.settings.reward is None else self.settings.reward  # nan: `plan.demo_scores` says
         given = {"place": demo.index, "content": demo.content, "reward": reward, **demo.values}
         if "teacher_log_prob" in given:
             given["teacher_log_prob"] = np.minimum(given["teacher_log_prob"], 0.0)
@@ -240,7 +239,7 @@ def questions_of(
             demo_rewards=np.array([math.nan]),
         )
         questions.append(question)
-        decision = mixing.decide(question, settings)  # as if it had a demonstration
+        decision = decide(question, settings)  # as if it had a demonstration
         # A soft gate asks whether the demonstration is right, so that one must be there whatever the shares are.
         shares = decision.off or decision.sft or settings.method.when == "soft"
         teaches = settings.method.demos and shares and decision.zone != "own"

@@ -16,8 +16,7 @@ from verl_hpt.alarms import Alarms
 from verl_hpt.demos import encode as demos
 from verl_hpt.errors import UserError, raise_all
 from verl_hpt.gate import always_demo
-from verl_hpt.host import advantage
-from verl_hpt.host import refusals as guard
+from verl_hpt.host import advantage, refusals
 from verl_hpt.host.batch import Group, Reader
 from verl_hpt.lifecycle import SPARED, Lifecycle
 from verl_hpt.loss import ROW_COLUMNS, ROW_FIELD, TOKEN_FIELDS, LossSpec
@@ -39,7 +38,7 @@ class Run:
         self.verl_config, self.kl_penalty = verl_config, kl_penalty
         self.settings = config.load(node)
         self.method = config.resolve_method(self.settings)
-        guard.refuse(verl_config, self.settings, self.method, has_reference=has_reference, has_critic=has_critic)
+        refusals.refuse(verl_config, self.settings, self.method, has_reference=has_reference, has_critic=has_critic)
         advantage.switch_on(self.method)
         self.normalization = self.settings.normalization or self.method.normalization
         self.length_scale = self.settings.rl_length_scale or float(verl_config.data.max_response_length)

@@ -29,7 +29,7 @@ from verl.utils.transferqueue_utils import kv_batch_meta2batch_meta
 from verl_hpt.demos import encode as demos
 from verl_hpt.demos.columns import packed, unpacked
 from verl_hpt.errors import UserError
-from verl_hpt.host import contract as host
+from verl_hpt.host import contract
 from verl_hpt.host.batch import (
     Candidate,
     Group,
@@ -125,7 +125,7 @@ class HybridMixin:
 
     def __init__(self, config):
         has = {"has_reference": need_reference_policy(config), "has_critic": need_critic(config)}
-        self.hpt = Run(config, verl=host.check(), kl_penalty=kl_penalty, **has)
+        self.hpt = Run(config, verl=contract.check(), kl_penalty=kl_penalty, **has)
         super().__init__(config=config)
 
     def _init_dataloader(self):

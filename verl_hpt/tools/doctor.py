@@ -25,13 +25,13 @@ import json, sys, warnings
 warnings.simplefilter("ignore")
 import verl
 from verl_hpt import __version__
-from verl_hpt.host import contract as host
+from verl_hpt.host import contract
 import verl.trainer.ppo.core_algos as algos
 import verl.trainer.ppo.v1 as v1
 print("\\n" + json.dumps({
     "verl_hpt": __version__, "python": sys.executable, "plugin": "verl_hpt.plugin" in sys.modules,
     "estimator": "hpt" in algos.ADV_ESTIMATOR_REGISTRY,
-    "trainer": type(v1.get_trainer_cls("sync")).__name__ == "TrainerFactory", "missing": host.missing(),
+    "trainer": type(v1.get_trainer_cls("sync")).__name__ == "TrainerFactory", "missing": contract.missing(),
 }))
 """
 
@@ -63,10 +63,10 @@ def _packages() -> list[str]:
         except PackageNotFoundError:
             continue
     from verl_hpt.errors import UserError
-    from verl_hpt.host import contract as host
+    from verl_hpt.host import contract
 
     try:
-        host.verl_version()
+        contract.verl_version()
     except UserError as error:
         return [str(error)]
     return []

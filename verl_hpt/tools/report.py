@@ -17,7 +17,7 @@ import sys
 
 from verl_hpt.alarms import ALARMS, PREFIX
 from verl_hpt.errors import UserError
-from verl_hpt.tools import answers as report_answers
+from verl_hpt.tools import answers
 
 METRICS = "metrics.jsonl"
 LAST = 5  # validations whose mean the table gives
@@ -317,8 +317,8 @@ def main(argv: list[str]) -> int:
     if fired := alarms(summaries):
         print(f"\n{fired}")
     for name, run_dir in zip(names(args.run_dirs), args.run_dirs, strict=True):
-        if found := report_answers.answers(run_dir):
-            print(f"\n{name}: answers of the last validation, in percent\n{_aligned(report_answers.table(found))}")
+        if found := answers.answers(run_dir):
+            print(f"\n{name}: answers of the last validation, in percent\n{_aligned(answers.table(found))}")
     print(f"\n{os.path.join(out, 'report.png')} · {os.path.join(out, 'summary.json')}")
     return 0
 
