@@ -25,6 +25,7 @@ from verl.utils.tensordict_utils import get_tensordict, list_of_dict_to_tensordi
 
 from verl_hpt.cpu.quickstart import byte_tokenizer
 from verl_hpt.host.trainer import hybrid
+from verl_hpt.loss import ROW_COLUMNS, ROW_FIELD
 
 PARTITION = "train"
 TOKENIZER = byte_tokenizer()
@@ -191,3 +192,33 @@ def make_trainer(*overrides: str, ranks: int = 1, base=PPOTrainerSync, folder=HE
 
     trainer._plan_step = kept
     return trainer
+
+
+def three_questions(**settings) -> Rollouts:
+    """One that no rollout solves, one half solved, one that failed but has no demonstration; and verl's padding."""
+    rollouts = Rollouts(**settings)
+    rollouts.add("hard", [0, 0], target="abc", prompt="Why? ", answers=["no", "none"])
+    rollouts.add("half", [1, 0], target="unread", answers=["yes", "no no no"]).add("lost", [0], answers=["never"])
+    return rollouts.padding()
+
+
+ORDER = [5, 3, 0, 4, 1, 2]  # rows as verl's balancing leaves them
+
+
+def updated(rows) -> list[dict]:
+    """The rows of all ranks, in order: each field's own values, and the columns of our row by name."""
+    found = []
+    for rank in rows:
+        fields = {name: column for name, column in rank.items() if isinstance(column, torch.Tensor)}
+        for i in range(len(rank)):
+            row = {name: column[i] for name, column in fields.items()}
+            found.append(row | dict(zip(ROW_COLUMNS, row[ROW_FIELD].tolist(), strict=False)))
+    return found
+
+
+def step(trainer, batch):
+    """One update; verl's meta, the rows of each rank, the metrics."""
+    metrics = {}
+    assert trainer._update_actor(batch, metrics) is batch, "verl goes on with its own batch"
+    meta, ranks = trainer.actor_rollout_wg.updates[-1]
+    return meta, ranks, metrics

@@ -19,3 +19,22 @@ def pytest_configure():
 
 def pytest_report_header():
     return made_data.said()
+
+
+@pytest.fixture(scope="module")
+def transfer_queue():
+    from batches import transfer_queue
+
+    with transfer_queue():
+        yield
+
+
+@pytest.fixture
+def queue(transfer_queue):
+    """verl's TransferQueue in this process. Every test starts with an empty one, whose fields have no dtype yet."""
+    import transfer_queue as tq
+    from batches import PARTITION, keys_there
+
+    yield
+    if keys_there():
+        tq.kv_clear(keys=list(keys_there()), partition_id=PARTITION)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transfer_queue as tq
-from batches import EOS, PARTITION, Rollouts, keys_there, make_trainer, transfer_queue
+from batches import EOS, PARTITION, Rollouts, keys_there, make_trainer
 from tensordict import TensorDict
 from tiny_run import make_run
 from transformers import GenerationConfig, Qwen2Config
@@ -21,17 +21,7 @@ from verl_hpt.lifecycle import SPARED
 LIMIT = "data.max_response_length=4"
 
 
-@pytest.fixture(scope="module")
-def queue():
-    with transfer_queue():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def clean(queue):
-    yield
-    if keys_there():
-        tq.kv_clear(keys=list(keys_there()), partition_id=PARTITION)
+pytestmark = pytest.mark.usefixtures("queue")
 
 
 def scored(trainer, rollouts):
