@@ -537,6 +537,7 @@ def test_choices_are_the_same_for_ever():
 def test_defaults_and_bounds_of_a_choice():
     assert select("ab") == [0] and select("ab", k=0) == [] and select("ab", k=-1) == [] and select("", "random") == []
     assert select(["bb", "a"], "shortest") == [1] and select([["x"], "aaaaaa"], "shortest") == [0]
+    assert select([["x"], "aa"], "shortest") == [1], "messages count with their marks"
     assert select("abc", "shortest", 3, lengths=[2, 1, 1]) == [1, 2, 0]
     assert select("abc", "likelihood", 3, log_likelihoods=[-2.0, -1.0, -1.0]) == [1, 2, 0]
     assert select("abc", "likelihood", 2, log_likelihoods=[None, float("nan"), -9.0]) == [2, 0]

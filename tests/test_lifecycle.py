@@ -270,6 +270,7 @@ def test_the_past_of_one_demonstration_is_its_questions_and_of_several_each_ones
         Past(uses=0, demo_uses=[0], retire_after=5),
     ]
     assert lifecycle.past(one, 4) == [Past(uses=3, demo_uses=[3], retire_after=5)]
+    assert lifecycle.past(new, 4) == [Past(uses=0, demo_uses=[0, 0], retire_after=5)], "two are several"
     assert lifecycle.past([], 4) == []
 
 

@@ -210,6 +210,17 @@ def test_without_a_node_the_defaults_train():
     assert start().settings == start("++hpt=null").settings == start("++hpt={}").settings
 
 
+@pytest.mark.parametrize("how", ["token", "sequence"])
+def test_rollout_correction_needs_the_log_probs_of_the_rollout_engine(how):
+    on = f"algorithm.rollout_correction.rollout_is={how}"
+    without, with_ = (f"actor_rollout_ref.rollout.calculate_log_probs={x}" for x in (False, True))
+    text = refused(on, without)
+    assert f"{on} needs the rollout engine's log-probs, and verl skips it without a word" in text
+    start(on, with_)
+    start(without)
+    start(on, without, "++hpt.method=sft")
+
+
 # --- the clip range, as verl reads it --------------------------------------------------------------------------------
 
 

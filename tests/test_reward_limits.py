@@ -326,6 +326,24 @@ def test_math_verifys_verdict(solution, truth, expected):
     assert reward_worker.grade(solution, truth) == expected
 
 
+@pytest.mark.parametrize(
+    ("given", "truth"),
+    [
+        ("2\\sqrt{3}", "\\sqrt{12}"),
+        ("x+1", "1+x"),
+        ("(1,2)", "(1, 2)"),
+        ("\\pi", "\\pi"),
+        ("\\{1,2\\}", "\\{2,1\\}"),
+        ("[0,1)", "[0, 1)"),
+        ("y=2x+1", "y = 1+2x"),
+    ],
+)
+def test_an_expected_answer_is_read_as_latex_though_no_dollars_stand_around_it(given, truth):
+    """As the numbers alone that stand in it, every one of these would be wrong."""
+    assert reward_worker.grade(f"so \\boxed{{{given}}}", truth) == 1.0
+    assert reward_worker.grade("so \\boxed{7}", truth) == 0.0
+
+
 def test_percent_signs_go_only_behind_a_number():
     assert reward_worker._PERCENT.sub("", "5% 5\\% 5 \\% {5}% x% % \\%") == "5 5 5 {5} x% % \\%"
 
