@@ -38,3 +38,14 @@ def queue(transfer_queue):
     yield
     if keys_there():
         tq.kv_clear(keys=list(keys_there()), partition_id=PARTITION)
+
+
+@pytest.fixture(scope="session")
+def tokenizers(tmp_path_factory):
+    """A folder with the tiny tokenizers, one a style."""
+    from tiny_tokenizers import STYLES, tiny
+
+    folder = tmp_path_factory.mktemp("tokenizers")
+    for style in STYLES:
+        tiny(style).save_pretrained(folder / style)
+    return folder

@@ -1,0 +1,104 @@
+"""The banner says what is trained; the clip range is verl's."""
+
+import pytest
+from test_refusals import ACTOR, refused, start
+
+# --- the clip range, as verl reads it --------------------------------------------------------------------------------
+
+
+def test_a_null_bound_of_the_clip_is_verls_clip_ratio(capsys):
+    run = start(f"{ACTOR}.clip_ratio_low=null", f"{ACTOR}.clip_ratio_high=null", f"{ACTOR}.clip_ratio=0.3")
+    clip = run.loss_spec().constants
+    assert (clip.clip_low, clip.clip_high, clip.clip_c) == (0.3, 0.3, 3.0)
+    assert "clip 0.3/0.3/c=3.0" in capsys.readouterr().out
+
+
+def test_a_bound_of_the_clip_that_is_set_wins_over_clip_ratio():
+    run = start(f"{ACTOR}.clip_ratio_low=0.1", f"{ACTOR}.clip_ratio_high=0.28", f"{ACTOR}.clip_ratio=0.3")
+    clip = run.loss_spec().constants
+    assert (clip.clip_low, clip.clip_high) == (0.1, 0.28)
+
+
+def test_a_bound_of_the_clip_that_nothing_says_is_refused_with_both_keys():
+    text = refused(f"{ACTOR}.clip_ratio_low=null", f"{ACTOR}.clip_ratio=null")
+    assert f"{ACTOR}.clip_ratio_low=null, and clip_ratio=null: must be a number at least 0" in text
+    assert "clip_ratio_high" not in text
+
+
+# --- the banner ------------------------------------------------------------------------------------------------------
+
+
+def banner(capsys, *overrides: str, **has) -> str:
+    start(*overrides, **has)
+    return capsys.readouterr().out
+
+
+def test_the_banner_of_a_method_without_rollouts_says_that_kl_and_entropy_are_off(capsys):
+    on = (f"{ACTOR}.use_kl_loss=True", f"{ACTOR}.kl_loss_coef=0.02", f"{ACTOR}.entropy_coeff=0.01")
+    text = banner(capsys, *on, "++hpt.method=sft", reference=True)
+    assert "entropy_coeff=off (no rollouts), KL loss off (no rollouts)," in text
+    text = banner(capsys, *on, reference=True)
+    assert "entropy_coeff=0.01, KL loss 0.02," in text and "off" not in text
+    assert "entropy_coeff=0, KL loss off," in banner(capsys)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        ([], "verl-hpt 0.1.0 on verl 0.9.1: method hpt, 1_clip·r·(R−mean) / S: 1 where solved ≤ γ·n"),
+        ([], "demonstrations: column 'target', where solved ≤ 0·n (score ≥ 1.0 and not cut at the "
+         "length limit), λ = 0.1"),
+        (["++hpt.gate={count:2,success:0.5}"], "where solved ≤ 2 (score ≥ 0.5 and not cut at"),
+        (["++hpt.gate.function=linear"], "where linear (score ≥ 1.0 and not cut at"),
+        (["++hpt.method=grpo"], "demonstrations: column 'target', never, "),
+        (["++hpt.method=sft"], "demonstrations: column 'target', always, "),
+        ([], "normalization: question (L = 512); actor.loss_agg_mode=token-mean and norm_adv_by_std_in_grpo=True are"),
+        (["++hpt.normalization=official", "++hpt.rl_length_scale=64"], "normalization: official (L = 64)"),
+        (["data.max_response_length=100"], "(L = 100)"),
+        ([f"{ACTOR}.ppo_epochs=2"], "256 questions an optimizer step, ppo_epochs=2"),
+        (["++hpt.method=hpt_soft"], "unverified: what each share of the published table multiplies is inferred"),
+        (["++hpt.method=otr"], "approximate: expectation over the sampled token"),
+        (["++hpt.method=gspo"], "note: GSPO's paper clips at 3e-4/4e-4; set actor.clip_ratio_low/high"),
+        (["actor_rollout_ref.model.use_fused_kernels=True", "actor_rollout_ref.rollout.temperature=0.7"],
+         "note: fused kernels take one temperature a batch, so demonstrations are scored at T = 0.7"),
+    ],
+)  # fmt: skip
+def test_the_banner_says_what_is_trained(capsys, overrides, line):
+    assert line in banner(capsys, *overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["++hpt.method=gspo", f"{ACTOR}.clip_ratio_high=4e-4"],
+        ["++hpt.method=grpo"],
+        ["actor_rollout_ref.model.use_fused_kernels=True"],
+        ["actor_rollout_ref.rollout.temperature=0.7"],
+        ["++hpt.method=grpo", "actor_rollout_ref.model.use_fused_kernels=True",
+         "actor_rollout_ref.rollout.temperature=0.7"],
+    ],
+)  # fmt: skip
+def test_the_banner_has_no_note_where_none_is_due(capsys, overrides):
+    text = banner(capsys, *overrides)
+    assert not any(word in text for word in ("note:", "unverified:", "approximate:")) and len(text.splitlines()) == 4
+
+
+def test_the_banner_says_what_a_solved_rollout_is_and_what_a_demonstration_counts_as(capsys):
+    plain = banner(capsys)
+    assert "(score ≥ 1.0 and not cut at the length limit)" in plain and "rollouts cut at" not in plain
+    assert "demonstration's reward in its group" not in plain
+    asked = banner(capsys, "++hpt.gate={finished: false, metric: acc}", "++hpt.rollouts.truncated=mask")
+    assert "(acc ≥ 1.0)" in asked and "rollouts cut at the length limit: mask" in asked
+    in_group = banner(capsys, "++hpt.method=luffy")
+    assert "a demonstration's reward in its group: the largest of hpt.gate.success and the group's best" in in_group
+    assert "reward in its group" not in banner(capsys, "++hpt.method=luffy", "++hpt.demo.reward=1.0")
+
+
+def test_the_banner_shows_schedules(capsys):
+    shown = banner(
+        capsys,
+        "++hpt.demo_coef={start: 0.9, end: 0.05, steps: 200, shape: cosine, warmup: 10}",
+        "++hpt.gate.threshold={start: 1.0, end: 0.0, steps: 30, shape: step}",
+    )
+    assert "λ = 0.9 → 0.05 (cosine, 200 steps after 10 of warm-up)" in shown
+    assert "solved ≤ 1 → 0 (step, 30 steps)·n" in shown
