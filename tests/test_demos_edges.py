@@ -10,7 +10,7 @@ import torch
 from tiny_tokenizers import tiny
 
 from verl_hpt.demos import encode as demos
-from verl_hpt.demos.columns import Demo, DemoColumns
+from verl_hpt.demos.columns import DemoColumns
 from verl_hpt.demos.encode import EncodedDemo, Unusable, encode, plain
 from verl_hpt.demos.select import SELECTORS, select, stable_hash
 
@@ -360,7 +360,7 @@ def test_a_demonstration_never_seen_comes_before_one_that_was_seen_once(seed):
         assert select("abc", "unseen_first", 1, seed=seed, seen={0: 1, 1: unseen, 2: 1}) == [1]
 
 
-@pytest.mark.parametrize("value", [Demo("a", 0), DemoColumns(), EncodedDemo([1], [1])])
+@pytest.mark.parametrize("value", [DemoColumns(), EncodedDemo([1], [1])])
 def test_what_is_known_of_a_demonstration_cannot_be_changed(value):
     name = dataclasses.fields(value)[0].name
     with pytest.raises(dataclasses.FrozenInstanceError):
