@@ -4,11 +4,10 @@ Two starts, about two and a half minutes on two cores. ``tests/bench/kills.py`` 
 """
 
 import random
-import shutil
 import time
 
 import numpy as np
-from cpu_run import MARKER, Training, kill, question
+from cpu_run import Training, kill, question
 from recorded_rewards import score
 
 from verl_hpt import config
@@ -59,10 +58,9 @@ def test_a_killed_run_goes_on_with_the_same_questions_demonstrations_and_history
         kill(process)
 
     # Had it been killed earlier, checkpoint 4 would have been its last; the steps after it are done again, and what the
-    # first run wrote of them before it died is what an uninterrupted run does.
-    second = Training(tmp_path / "second", rows(), overrides)
-    shutil.copytree(first.checkpoints / "global_step_4", second.checkpoints / "global_step_4")
-    (second.checkpoints / MARKER).write_text("4")
+    # first run wrote of them before it died is what an uninterrupted run does. The checkpoint is named by its path.
+    resume = ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={first.checkpoints / 'global_step_4'}"]
+    second = Training(tmp_path / "second", rows(), [*overrides, *resume])
     process = second.start()
     try:
         second.wait_for(process, lambda: second.checkpoint() >= 10)
