@@ -80,11 +80,11 @@ def main() -> int:
     known = {}
     if options.log.exists():
         known = {r["key"]: r for r in map(json.loads, options.log.read_text(encoding="utf-8").splitlines())}
-    todo = [m for m in sample if m.key not in known or (options.again and known[m.key]["outcome"] == "survived")]
-    if todo and not options.report:
+    pending = [m for m in sample if m.key not in known or (options.again and known[m.key]["outcome"] == "survived")]
+    if pending and not options.report:
         options.log.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="mutants-") as folder, options.log.open("a", encoding="utf-8") as log:
-            for record in run(todo, tests, Path(folder), options):
+            for record in run(pending, tests, Path(folder), options):
                 known[record["key"]] = record
                 print(json.dumps(record), file=log, flush=True)
     return report([known[m.key] | {"line": m.line} for m in sample if m.key in known], modules)
@@ -149,11 +149,11 @@ def difference(source: str, mutated: str) -> tuple[int, str, str]:
 # --- running them --------------------------------------------------------------------------------------------------
 
 
-def run(todo: list[Mutant], tests: dict[str, list[str]], folder: Path, options: argparse.Namespace):
+def run(pending: list[Mutant], tests: dict[str, list[str]], folder: Path, options: argparse.Namespace):
     """Yields a record for each mutant, as they end."""
     warm_up()
     copies = [copy_tree(folder / f"worker{i}") for i in range(options.workers)]
-    for module in dict.fromkeys(m.module for m in todo):
+    for module in dict.fromkeys(m.module for m in pending):
         started = time.monotonic()
         lines = Lines(copies[0] / f"verl_hpt/{module}.py")
         _, status, used = os.wait4(start(copies[0], tests[module], lines), 0)
@@ -163,7 +163,7 @@ def run(todo: list[Mutant], tests: dict[str, list[str]], folder: Path, options: 
             continue
         print(f"{module}: unmutated tests take {cpu:.1f} s of CPU, {took:.1f} s: {' '.join(tests[module])}", flush=True)
         seen = {int(line): names for line, names in json.loads((copies[0].parent / "lines").read_text()).items()}
-        own = [m for m in todo if m.module == module]
+        own = [m for m in pending if m.module == module]
         jobs = [(m, *chosen(seen.get(m.line, []), tests[module], options.covering)) for m in own]
         yield from run_module(jobs, copies, int(3 * cpu) + 10, 10 * took + 60)
     gc.unfreeze()
@@ -175,12 +175,12 @@ def chosen(names: list[str], tests: list[str], covering: bool) -> tuple[list[str
     return list(dict.fromkeys(name.split("::")[0] for name in names)) if only else tests, First(names, only)
 
 
-def run_module(todo: list[tuple], copies: list[Path], cpu_limit: int, limit: float):
+def run_module(pending: list[tuple], copies: list[Path], cpu_limit: int, limit: float):
     """The same for mutants of one module, each with its tests.
 
     Limits in seconds: of CPU time, and a wide one of time, since the machine may be busy.
     """
-    free, running, queue = list(copies), {}, todo[::-1]
+    free, running, queue = list(copies), {}, pending[::-1]
     while queue or running:
         while queue and free:
             (mutant, tests, order), copy = queue.pop(), free.pop()
