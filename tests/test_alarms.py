@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from verl_hpt.alarms import ALARMS, FILE, PREFIX, Alarms
 from verl_hpt.errors import UserError
 from verl_hpt.gate import GateSettings
+from verl_hpt.host.alarms import ALARMS, FILE, PREFIX, Alarms
 from verl_hpt.methods import METHODS
 from verl_hpt.plan import PlanSettings, Question
 
@@ -169,6 +169,6 @@ def test_a_number_that_a_step_does_not_have_is_no_alarm_and_no_reference():
 
 
 def test_the_report_reads_the_table_of_alarms_without_torch():
-    code = "import sys, verl_hpt.alarms; sys.exit(bool({'torch', 'verl'} & set(sys.modules)))"
+    code = "import sys, verl_hpt.host.alarms; sys.exit(bool({'torch', 'verl'} & set(sys.modules)))"
     environment = {**os.environ, "VERL_USE_EXTERNAL_PLUGINS": "none"}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0

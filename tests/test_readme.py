@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 from verl_hpt import config
-from verl_hpt.alarms import ALARMS
 from verl_hpt.cli import COMMANDS
+from verl_hpt.host.alarms import ALARMS
 from verl_hpt.methods import METHODS
 from verl_hpt.tools.explain import explain
 

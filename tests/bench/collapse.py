@@ -21,8 +21,8 @@ import pyarrow
 import pyarrow.parquet
 from cpu_run import Training
 
-from verl_hpt.alarms import PREFIX
 from verl_hpt.cpu import quickstart
+from verl_hpt.host.alarms import PREFIX
 
 HERE = Path(__file__).parent
 LIMIT = 36

@@ -12,11 +12,11 @@ import torch
 from omegaconf import OmegaConf
 
 from verl_hpt import __version__, config
-from verl_hpt.alarms import Alarms
 from verl_hpt.demos import encode as demos
 from verl_hpt.errors import UserError, raise_all
 from verl_hpt.gate import always_demo
 from verl_hpt.host import advantage, refusals
+from verl_hpt.host.alarms import Alarms
 from verl_hpt.host.batch import Group, Reader
 from verl_hpt.lifecycle import SPARED, Lifecycle
 from verl_hpt.loss import ROW_COLUMNS, ROW_FIELD, TOKEN_FIELDS, LossSpec

@@ -15,8 +15,8 @@ import os
 import re
 import sys
 
-from verl_hpt.alarms import ALARMS, PREFIX
 from verl_hpt.errors import UserError
+from verl_hpt.host.alarms import ALARMS, PREFIX
 from verl_hpt.tools import answers
 
 METRICS = "metrics.jsonl"
