@@ -99,7 +99,7 @@ def test_golden_numbers_over_every_split_into_micro_batches_and_ranks(
         answers = [x * len(row.answer) for x, row in zip(numbers, rows, strict=True)]
         leaf = whole(rows, answers, torch.float64).requires_grad_()
         loss, metrics = hpt_loss(model_output(batch, leaf), batch, spec=LossSpec(method))
-        return np.array([loss.item(), metrics["hpt/loss_rl"].aggregate(), metrics["hpt/loss_demo"].aggregate()])
+        return np.array([loss.item(), metrics["hpt/loss_rollouts"].aggregate(), metrics["hpt/loss_demos"].aggregate()])
 
     m = chunks.shape[1]
     for cuts in itertools.chain.from_iterable(itertools.combinations(range(1, m), k) for k in range(m)):
@@ -183,7 +183,7 @@ def test_gradient_does_not_depend_on_micro_batches_or_ranks(engine, name):
 def test_metrics_do_not_depend_on_micro_batches_or_ranks(engine, name):
     reference = engine[1][name, "1 fixed"]["metrics"]
     sent = [key for key in reference if key.startswith("hpt/")]
-    assert "hpt/loss_demo" in sent
+    assert "hpt/loss_demos" in sent
     for ranks, cut in itertools.product(RANKS, CUTS):
         metrics = engine[ranks][name, cut]["metrics"]
         for key in [*sent, "loss"]:
@@ -224,8 +224,8 @@ def test_steps_of_only_one_kind(engine, ranks):
         }
 
     only_demos, only_rollouts = sums("demonstrations only"), sums("rollouts only")
-    assert only_demos["hpt/rl_tokens"] == [0] and only_demos["hpt/demo_tokens"][0] > 0
-    assert only_rollouts["hpt/demo_tokens"] == [0] and only_rollouts["hpt/rl_tokens"][0] > 0
+    assert only_demos["hpt/rl_tokens_rollouts"] == [0] and only_demos["hpt/tokens_demos"][0] > 0
+    assert only_rollouts["hpt/tokens_demos"] == [0] and only_rollouts["hpt/rl_tokens_rollouts"][0] > 0
 
 
 # --- equal steps on every rank --------------------------------------------------------------------------------------

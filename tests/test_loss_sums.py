@@ -15,8 +15,9 @@ from verl.trainer.ppo.core_algos import kl_penalty
 from verl_hpt import parts
 from verl_hpt.estimator import Estimator, Method, Term
 from verl_hpt.host.loss_fn import hpt_loss
-from verl_hpt.loss import P_EDGES, ROW_FIELD, SUMS, W_EDGES, LossSpec, _histogram
+from verl_hpt.loss import ROW_FIELD, LossSpec
 from verl_hpt.methods import METHODS
+from verl_hpt.metrics import HISTOGRAMS, SUMS, histogram
 from verl_hpt.parts import Constants
 from verl_hpt.plan import DEMO, PADDING, ROLLOUT
 
@@ -148,14 +149,15 @@ def by_hand(rows=ROWS, token_weights=False, is_weights=True, entropy_coeff=0.0, 
             gradient[t] = -(w_rl * rl + w_demo * s)
             value = -(w_rl * rl_value + w_demo * s * new)
             loss += value
-            sums["loss_demo" if row.kind == DEMO else "loss_rl"] += value
+            sums[f"loss_{kind}"] += value
             sums[f"strength_{kind}"] += abs(gradient[t])
-            sums["demo_tokens" if row.kind == DEMO else "tokens_rollouts"] += 1
-            sums["demo_nll" if row.kind == DEMO else "nll_rollouts"] -= new
+            sums["strength_all"] += abs(gradient[t])
+            sums[f"tokens_{kind}"] += 1
+            sums[f"nll_{kind}"] -= new
             if row.w_rl:
                 sums[f"clipped_{kind}"] += clipped
-                sums["rl_tokens_demos" if row.kind == DEMO else "rl_tokens"] += 1
-                sums["approx_kl_demos" if row.kind == DEMO else "approx_kl"] += old - new
+                sums[f"rl_tokens_{kind}"] += 1
+                sums[f"approx_kl_{kind}"] += old - new
                 fired.update({(kind, "up"): up, (kind, "down"): down, (kind, "dual"): dual})
             if row.kind == DEMO and row.w_demo:
                 sums["clipped_demos"] += stopped
@@ -189,21 +191,28 @@ def bin_of(x, edges):
 
 
 def test_edges_of_the_histograms():
-    assert pytest.approx(PROBABILITIES) == P_EDGES
-    assert pytest.approx(WEIGHTS, rel=1e-6) == W_EDGES
+    assert pytest.approx(PROBABILITIES) == HISTOGRAMS["demo_p"]
+    assert pytest.approx(WEIGHTS, rel=1e-6) == HISTOGRAMS["demo_w"]
     assert [name for name in SUMS if name.startswith("demo_p_")] == [f"demo_p_{i}" for i in range(20)]
     assert [name for name in SUMS if name.startswith("demo_w_")] == [f"demo_w_{i}" for i in range(25)]
 
 
-@pytest.mark.parametrize("edges", [P_EDGES, W_EDGES], ids=["p", "w"])
+@pytest.mark.parametrize("edges", HISTOGRAMS.values(), ids=list(HISTOGRAMS))
 def test_a_number_falls_into_the_bin_whose_upper_edge_it_does_not_exceed(edges):
     """Whatever lies on the lowest edge or beyond the highest is counted too."""
     numbers = [x + d for x in edges if math.isfinite(x) for d in (-1e-5, 0.0, 1e-5) if 0 <= x + d <= edges[-1]]
     expected = np.bincount([bin_of(x, edges) for x in numbers], minlength=len(edges) - 1)
-    assert _histogram(torch.tensor(numbers, dtype=torch.float64), edges).tolist() == expected.tolist()
-    assert _histogram(torch.tensor([0.0]), edges).tolist() == [1] + [0] * (len(edges) - 2)
-    assert _histogram(torch.tensor([1e9]), edges).tolist() == [0] * (len(edges) - 2) + [1]
-    assert _histogram(torch.tensor([]), edges).tolist() == [0] * (len(edges) - 1)
+
+    def counts(numbers, dtype=torch.float32):
+        x = torch.tensor(numbers, dtype=dtype)
+        return histogram(x, edges, torch.ones_like(x)).tolist()
+
+    assert counts(numbers, torch.float64) == expected.tolist()
+    assert counts([0.0]) == [1] + [0] * (len(edges) - 2)
+    assert counts([1e9]) == [0] * (len(edges) - 2) + [1]
+    assert counts([]) == [0] * (len(edges) - 1)
+    weighted = histogram(torch.tensor([[0.0, 1e9], [0.0, 0.0]]), edges, torch.tensor([[1.0, 1.0], [1.0, 0.0]]))
+    assert weighted.tolist() == [2] + [0] * (len(edges) - 3) + [1]
 
 
 def test_the_batch_meets_every_branch():
@@ -253,7 +262,7 @@ def test_a_batch_of_rollouts_alone_sends_every_sum():
     _, _, metrics = sent(rows)
     *_, sums, _ = by_hand(rows)
     assert metrics == pytest.approx({f"hpt/{name}": float(sums[name]) for name in SUMS}, rel=1e-6)
-    assert not any(value for name, value in metrics.items() if "demo" in name)
+    assert not any(value for name, value in metrics.items() if "demo" in name), "and none of a demonstration"
 
 
 # --- what is missing ------------------------------------------------------------------------------------------------

@@ -5,10 +5,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from verl_hpt.loss import P_EDGES, SUMS, W_EDGES
 from verl_hpt.methods import METHODS
-from verl_hpt.metrics import SENT, of_plan, of_update, quantile
+from verl_hpt.metrics import HISTOGRAMS, SENT, SUMS, of_plan, of_update, quantile
 from verl_hpt.plan import PlanSettings, Question, plan
+
+P_EDGES, W_EDGES = HISTOGRAMS["demo_p"], HISTOGRAMS["demo_w"]
 
 
 def question(key, rewards, demos=1) -> Question:
@@ -33,11 +34,12 @@ def test_shares_and_rates_of_a_step():
 
 def test_sums_of_the_loss_become_means_and_shares():
     sent = dict.fromkeys(SUMS, 0.0) | {
-        "demo_nll": 6.0,
-        "demo_tokens": 3.0,
+        "nll_demos": 6.0,
+        "tokens_demos": 3.0,
         "strength_demos": 1.0,
         "strength_rollouts": 3.0,
-        "rl_tokens": 4.0,
+        "strength_all": 4.0,
+        "rl_tokens_rollouts": 4.0,
         "clipped_rollouts": 1.0,
         "demo_p_0": 3.0,
     }
@@ -75,14 +77,14 @@ def test_what_the_loss_sends_by_hand():
     metrics = {SENT + name: value for name, value in sent.items()}
     of_update(metrics)
     expected = {
-        "loss/rl": sent["loss_rl"],
-        "loss/demo": sent["loss_demo"],
-        "demo_nll": sent["demo_nll"] / sent["demo_tokens"],
-        "clip_share/demos": sent["clipped_demos"] / sent["demo_tokens"],
-        "clip_share/rollouts": sent["clipped_rollouts"] / sent["rl_tokens"],
-        "approx_kl": sent["approx_kl"] / sent["rl_tokens"],
-        "gradient_share/demos": sent["strength_demos"] / (sent["strength_demos"] + sent["strength_rollouts"]),
-        "gradient_share/rollouts": sent["strength_rollouts"] / (sent["strength_demos"] + sent["strength_rollouts"]),
+        "loss/rl": sent["loss_rollouts"],
+        "loss/demo": sent["loss_demos"],
+        "demo_nll": sent["nll_demos"] / sent["tokens_demos"],
+        "clip_share/demos": sent["clipped_demos"] / sent["tokens_demos"],
+        "clip_share/rollouts": sent["clipped_rollouts"] / sent["rl_tokens_rollouts"],
+        "approx_kl": sent["approx_kl_rollouts"] / sent["rl_tokens_rollouts"],
+        "gradient_share/demos": sent["strength_demos"] / sent["strength_all"],
+        "gradient_share/rollouts": sent["strength_rollouts"] / sent["strength_all"],
         "entropy_bonus": 0.25,
         "kl_loss": 0.75,
     }
@@ -93,7 +95,7 @@ def test_what_the_loss_sends_by_hand():
 
 
 def test_a_step_without_demonstrations_or_without_rollouts_has_no_share_of_them():
-    for present, absent in (("rl_tokens", "demo_nll"), ("demo_tokens", "approx_kl")):
+    for present, absent in (("rl_tokens_rollouts", "demo_nll"), ("tokens_demos", "approx_kl")):
         metrics = {SENT + name: float(name == present) for name in SUMS}
         of_update(metrics)
         assert f"hpt/{absent}" not in metrics and metrics["hpt/loss/rl"] == 0

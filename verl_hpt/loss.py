@@ -1,4 +1,4 @@
-"""The loss: tensors in, the loss and its sums by name out. verl's protocol around it is ``host.loss_fn``.
+"""The loss: tensors in, the loss and what its metrics are made of out. verl's protocol around it is ``host.loss_fn``.
 
 The driver gave each row its weights; the loss multiplies and sums. So the result cannot depend on micro-batches,
 dynamic batch sizes, ranks, padding, Ulysses or ``ppo_epochs``. With coefficients under stop-gradient, the gradient of
@@ -18,27 +18,11 @@ from verl_hpt.estimator import Method, RowTerms, row_terms
 from verl_hpt.parts import Constants, Tokens
 
 ROW_FIELD = "hpt_row"
-# One row of numbers a row of the batch: a field that is missing on one row would vanish for its whole rank.
+# All scalars of a row travel in one tensor: TransferQueue drops a field for a whole rank if one row lacks it.
 ROW_COLUMNS = ("is_demo", "w_rl", "w_demo", "w_entropy", "advantage", "reward", "correct", "other_log_prob")
-# What is told of each token where the run asks for it: weights (1 on rollouts), a teacher's log-probs (0 on rollouts).
+# Columns with a number a token, where the run has them: weights (1 on rollouts), a teacher's log-probs (0 on rollouts).
 TOKEN_FIELDS = {"token_weights": "hpt_token_weights", "teacher_log_prob": "hpt_teacher_log_prob"}
 WEIGHTS, TEACHER = TOKEN_FIELDS["token_weights"], TOKEN_FIELDS["teacher_log_prob"]
-# Edges of the histograms from which the driver reads quantiles: probabilities and weights of demonstrations' tokens.
-P_EDGES = tuple(i / 20 for i in range(21))
-W_EDGES = (
-    0.0,
-    *(10 ** (i / 4 - 3) for i in range(12)),
-    *(0.999, 1.001),  # plain imitation
-    *(10 ** (i / 4) for i in range(1, 9)),
-    *(1e3, 1e4, float("inf")),
-)
-# Sums that add up over micro-batches and ranks, the same in every micro-batch: of rollouts' rows and demonstrations'.
-SUMS = (
-    "loss_rl", "loss_demo", "strength_rollouts", "strength_demos", "clipped_rollouts", "clipped_demos",
-    "tokens_rollouts", "demo_tokens", "rl_tokens", "rl_tokens_demos", "nll_rollouts", "demo_nll", "approx_kl",
-    "approx_kl_demos", *(f"demo_p_{i}" for i in range(len(P_EDGES) - 1)),
-    *(f"demo_w_{i}" for i in range(len(W_EDGES) - 1)),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,15 +41,39 @@ class LossSpec:
     kl_penalty: Callable | None = None  # verl's, handed in
 
 
-def loss_and_sums(
-    log_prob: Tensor, entropy: Tensor | None, mask: Tensor, column: Mapping[str, Tensor], rows: Mapping, spec: LossSpec
-) -> tuple[Tensor, dict[str, Tensor]]:
+@dataclass
+class Block:
+    """What the loss made of a block of rows, for the metrics (``metrics.LOSS_METRICS``). Nothing in it is on the graph.
+
+    gradient: (rows, response_len), of the loss on log π_θ. value: (rows,), what each row adds to the loss. is_demo,
+    rl, imitated: (rows,) bool, demonstrations, rows with a weight in the RL sum, rows with one in the SFT sum.
+    """
+
+    tokens: Tokens
+    terms: RowTerms
+    gradient: Tensor
+    value: Tensor
+    is_demo: Tensor
+    rl: Tensor
+    imitated: Tensor
+
+
+def loss_of(
+    log_prob: Tensor,
+    entropy: Tensor | None,
+    mask: Tensor,
+    column: Mapping[str, Tensor],
+    rows: Mapping[str, Tensor],
+    spec: LossSpec,
+    watch: Callable[[Block], dict[str, float]] = lambda block: {},
+) -> tuple[Tensor, dict[str, float | Tensor]]:
     """The loss of a block of rows, on the graph of ``log_prob`` and ``entropy``, and its sums by name.
 
     Args:
         log_prob, entropy: (rows, response_len), what the model says now; entropy None where nothing reads it.
         mask: (rows, response_len) bool, tokens that the row's author wrote.
         column: ``ROW_COLUMNS`` by name, (rows, 1) each. rows: the other fields of ``spec.fields``, padded.
+        watch: makes the sums of what the loss is made of, before that is freed (``metrics.sums_of``).
     """
     off = ~mask
 
@@ -87,23 +95,34 @@ def loss_and_sums(
         teacher_log_prob=blanked(rows[TEACHER]) if TEACHER in spec.fields else None,
         constants=spec.constants,
     )
-    terms = row_terms(spec.method, tokens, is_demo)
     w_rl = column["w_rl"]
     if "rollout_is_weights" in spec.fields:
         w_rl = w_rl * torch.where(is_demo, torch.ones_like(w_rl), blanked(rows["rollout_is_weights"]))
     of_tokens = blanked(rows[WEIGHTS]) if WEIGHTS in spec.fields else mask
-    loss, sums = _sum(log_prob, tokens, terms, column, w_rl, of_tokens)
-    named = dict(zip(SUMS, torch.cat([x.reshape(-1).to(loss.dtype) for x in sums]).unbind(), strict=True))
+    block = _block(row_terms(spec.method, tokens, is_demo), tokens, column, w_rl, of_tokens)
+    loss, sums = Weighted.apply(log_prob, block.value.sum(), block.gradient), watch(block)
+    del block  # its tensors are not kept while the rest is made
     if spec.entropy_coeff:
-        bonus = Weighted.apply(entropy, (column["w_entropy"] * tokens.entropy).sum(), column["w_entropy"] * mask)
+        w_entropy = column["w_entropy"]
+        bonus = Weighted.apply(entropy, (w_entropy * tokens.entropy).sum(), w_entropy * mask)
         loss = loss - spec.entropy_coeff * bonus
-        named["entropy_bonus"] = bonus.detach()
+        sums["entropy_bonus"] = bonus.detach()
     if spec.kl_coef:
         kl = spec.kl_penalty(log_prob.masked_fill(off, 0.0), tokens.ref_log_prob, spec.kl_type)
         kl = (torch.where(is_demo, torch.zeros_like(w_rl), w_rl) * kl * mask).sum()
         loss = loss + spec.kl_coef * kl
-        named["kl_loss"] = kl.detach()
-    return loss, named
+        sums["kl_loss"] = kl.detach()
+    return loss, sums
+
+
+@torch.no_grad()
+def _block(terms: RowTerms, tokens: Tokens, column: Mapping[str, Tensor], w_rl: Tensor, of_tokens: Tensor) -> Block:
+    """The terms under their weights; of_tokens: (rows, response_len), what multiplies a row's weights on each token."""
+    on_rl, on_demo = w_rl * of_tokens, column["w_demo"] * of_tokens
+    gradient = (on_rl * terms.rl).addcmul_(on_demo, terms.demo).neg_()
+    value = on_rl.mul_(terms.rl_value).addcmul_(on_demo, terms.demo_value).sum(-1).neg_()
+    is_demo, rl, imitated = ((column[name] != 0).squeeze(-1) for name in ("is_demo", "w_rl", "w_demo"))
+    return Block(tokens, terms, gradient, value, is_demo, rl, imitated)
 
 
 class Weighted(torch.autograd.Function):
@@ -121,48 +140,3 @@ class Weighted(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         (weight,) = ctx.saved_tensors
         return weight * grad, None, None
-
-
-def _sum(
-    log_prob: Tensor, tokens: Tokens, terms: RowTerms, column: dict, w_rl: Tensor, of_tokens: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """The terms under their weights summed, on the graph; and the numbers that ``SUMS`` names, in its order.
-
-    of_tokens: (rows, response_len) what multiplies a row's weights on each token: the mask, or weights, 0 off the mask.
-    """
-    with torch.no_grad():
-        mask, demo = tokens.mask, column["is_demo"].squeeze(-1)
-        rl, imitated = (column["w_rl"] != 0).squeeze(-1), (column["w_demo"] != 0).squeeze(-1)
-        w_rl, w_demo = w_rl * of_tokens, column["w_demo"] * of_tokens
-        gradient = (w_rl * terms.rl).addcmul_(w_demo, terms.demo).neg_()
-        value = w_rl.mul_(terms.rl_value).addcmul_(w_demo, terms.demo_value).sum(-1).neg_()
-        count = mask.sum(-1)
-        of_rows = torch.stack(  # sums over each row's tokens, then over the rows of a kind
-            [
-                value,
-                gradient.abs().sum(-1),
-                (mask & (terms.keep == 0)).sum(-1) * rl,
-                count,
-                count * rl,
-                tokens.log_prob.sum(-1).neg_(),
-                (tokens.old_log_prob - tokens.log_prob).sum(-1) * rl,
-            ]
-        )
-        taught = ((demo > 0) & (rl | imitated)).nonzero().squeeze(-1)
-        learned, s_rows, s_term = mask[taught], imitated[taught].unsqueeze(-1), terms.demo[taught]
-        of_kinds = of_rows @ torch.stack([1 - demo, demo], dim=1)
-        of_kinds[2, 1] += ((s_term == 0) & s_rows & learned).sum()  # an S term's mask stops tokens too
-        sums = [
-            of_kinds,
-            _histogram(tokens.log_prob[taught][learned].exp(), P_EDGES),
-            # The weight of ∇ log π relative to plain imitation: the coefficient itself.
-            _histogram(torch.where(s_rows, s_term, terms.rl[taught])[learned].abs(), W_EDGES),
-        ]
-        total = value.sum()
-    return Weighted.apply(log_prob, total, gradient), sums
-
-
-def _histogram(x: Tensor, edges: tuple[float, ...]) -> Tensor:
-    """Counts of x between edges. -> (bins,)"""
-    inner = torch.tensor(edges[1:-1], dtype=x.dtype, device=x.device)
-    return torch.bincount(torch.bucketize(x, inner), minlength=len(edges) - 1)

@@ -1,14 +1,22 @@
-"""The numbers of a step that people watch, all under ``hpt/``. Shares lie in [0, 1]; see the README for the list."""
+"""The numbers of a step that people watch, all under ``hpt/``. Shares lie in [0, 1]; see the README for the list.
+
+``of_plan`` is what the gate and the plan did. ``LOSS_METRICS`` are made where the loss is: each micro-batch sends sums,
+verl adds them up over micro-batches and ranks, and ``of_update`` divides them on the driver.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from verl_hpt import gate
-from verl_hpt.loss import P_EDGES, W_EDGES
+from verl_hpt.loss import Block
 from verl_hpt.plan import DEMO, PADDING, ROLLOUT, Plan, PlanSettings, Question
 
 QUANTILES = (0.1, 0.5, 0.9)
@@ -69,29 +77,134 @@ def of_rollouts(questions: Sequence[Question], settings: PlanSettings) -> dict[s
     }
 
 
+# --- of the loss -----------------------------------------------------------------------------------------------------
+
+
+def loss(block: Block) -> Tensor:
+    """What each row adds to the loss. -> (rows,), as of the following ones"""
+    return block.value
+
+
+def strength(block: Block) -> Tensor:
+    return block.gradient.abs().sum(-1)
+
+
+def clipped(block: Block) -> Tensor:
+    """Tokens that a mask stops: the RL term's, and on demonstrations the S term's too."""
+    mask, terms = block.tokens.mask, block.terms
+    stopped = (mask & (terms.keep == 0)).sum(-1) * block.rl
+    return stopped + (mask & (terms.demo == 0)).sum(-1) * (block.imitated & block.is_demo)
+
+
+def tokens(block: Block) -> Tensor:
+    return block.tokens.mask.sum(-1)
+
+
+def rl_tokens(block: Block) -> Tensor:
+    return block.tokens.mask.sum(-1) * block.rl
+
+
+def nll(block: Block) -> Tensor:
+    return block.tokens.log_prob.sum(-1).neg_()
+
+
+def approx_kl(block: Block) -> Tensor:
+    return (block.tokens.old_log_prob - block.tokens.log_prob).sum(-1) * block.rl
+
+
+Rows = Literal["rollouts", "demos", "all"]
+ROWS = ("rollouts", "demos", "all")
+PerRow = Callable[[Block], Tensor]
+
+
+class Ratio(NamedTuple):
+    """A number a row, summed over the rows of a kind, divided by another such sum; by nothing where ``per`` is None."""
+
+    of: PerRow
+    rows: Rows
+    per: PerRow | None = None
+    per_rows: Rows | None = None  # None: as ``rows``
+
+    def parts(self) -> list[tuple[str, PerRow, Rows]]:
+        """The sums that it is made of: name, number a row, rows."""
+        pairs = [(self.of, self.rows), (self.per, self.per_rows or self.rows)]
+        return [(f"{of.__name__}_{rows}", of, rows) for of, rows in pairs if of is not None]
+
+
+# Every metric that is made where the loss is, by its name under ``hpt/``. A further one is one entry more.
+LOSS_METRICS = {
+    "loss/rl": Ratio(loss, "rollouts"),
+    "loss/demo": Ratio(loss, "demos"),
+    "demo_nll": Ratio(nll, "demos", tokens),
+    "clip_share/demos": Ratio(clipped, "demos", tokens),
+    "clip_share/rollouts": Ratio(clipped, "rollouts", rl_tokens),
+    "approx_kl": Ratio(approx_kl, "rollouts", rl_tokens),
+    "gradient_share/demos": Ratio(strength, "demos", strength, "all"),
+    "gradient_share/rollouts": Ratio(strength, "rollouts", strength, "all"),
+}
+# Quantiles over the tokens that demonstrations teach, from histograms with these edges: the token's probability, and
+# the coefficient of its ∇ log π, which is the weight relative to plain imitation.
+HISTOGRAMS = {
+    "demo_p": tuple(i / 20 for i in range(21)),
+    "demo_w": (
+        0.0,
+        *(10 ** (i / 4 - 3) for i in range(12)),
+        *(0.999, 1.001),  # plain imitation
+        *(10 ** (i / 4) for i in range(1, 9)),
+        *(1e3, 1e4, float("inf")),
+    ),
+}
+_SUMS = {name: (of, rows) for metric in LOSS_METRICS.values() for name, of, rows in metric.parts()}
+_BINS = {name: [f"{name}_{i}" for i in range(len(edges) - 1)] for name, edges in HISTOGRAMS.items()}
+SUMS = (*_SUMS, *(name for names in _BINS.values() for name in names))
+
+
+@torch.no_grad()
+def sums_of(block: Block) -> dict[str, float]:
+    """What a micro-batch sends: sums that add up over micro-batches and ranks, by name (``SUMS``)."""
+    demos = block.is_demo.to(block.value.dtype)
+    of_kinds = torch.stack([1 - demos, demos, torch.ones_like(demos)], dim=1)
+    functions = list(dict.fromkeys(of for of, _ in _SUMS.values()))
+    of_rows = torch.stack([of(block).to(demos.dtype) for of in functions]) @ of_kinds
+
+    taught = (block.is_demo & (block.rl | block.imitated)).nonzero().squeeze(-1)
+    imitated = block.imitated[taught].unsqueeze(-1)
+    coefficient = torch.where(imitated, block.terms.demo[taught], block.terms.rl[taught])
+    of_tokens = {"demo_p": block.tokens.log_prob[taught].exp(), "demo_w": coefficient.abs()}
+    learned = block.tokens.mask[taught].to(demos.dtype)
+    counts = [histogram(of_tokens[name], edges, learned) for name, edges in HISTOGRAMS.items()]
+    numbers = torch.cat([of_rows.reshape(-1), *counts]).tolist()  # one transfer
+    at = {(of, rows): numbers[3 * i + j] for i, of in enumerate(functions) for j, rows in enumerate(ROWS)}
+    bins = numbers[3 * len(functions) :]
+    return {name: at[key] for name, key in _SUMS.items()} | dict(zip(SUMS[len(_SUMS) :], bins, strict=True))
+
+
+@lru_cache
+def _inner(edges: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The edges between bins, made once: a transfer to the device otherwise, a micro-batch and histogram."""
+    return torch.tensor(edges[1:-1], dtype=dtype, device=device)
+
+
+def histogram(x: Tensor, edges: tuple[float, ...], weight: Tensor) -> Tensor:
+    """Sums of the weights of the x between edges; an edge belongs to the bin below it. -> (bins,)"""
+    bins = torch.bucketize(x, _inner(edges, x.dtype, x.device)).reshape(-1)
+    return torch.bincount(bins, weight.reshape(-1), minlength=len(edges) - 1).to(weight.dtype)
+
+
 def of_update(metrics: dict) -> None:
     """Turn the sums that the loss sent, averaged by verl over optimizer steps, into shares and means; in place."""
     sent = {key[len(SENT) :]: metrics.pop(key) for key in list(metrics) if key.startswith(SENT)}
     if not sent:
         return
-    metrics["hpt/loss/rl"], metrics["hpt/loss/demo"] = sent["loss_rl"], sent["loss_demo"]
-    if sent["demo_tokens"]:
-        metrics["hpt/demo_nll"] = sent["demo_nll"] / sent["demo_tokens"]
-        metrics["hpt/clip_share/demos"] = sent["clipped_demos"] / sent["demo_tokens"]
-        for name, edges in (("demo_p", P_EDGES), ("demo_w", W_EDGES)):
-            counts = np.array([sent[f"{name}_{i}"] for i in range(len(edges) - 1)])
-            for q in QUANTILES:
-                metrics[f"hpt/{name}/q{round(100 * q)}"] = quantile(counts, edges, q)
-    if sent["rl_tokens"]:
-        metrics["hpt/clip_share/rollouts"] = sent["clipped_rollouts"] / sent["rl_tokens"]
-        metrics["hpt/approx_kl"] = sent["approx_kl"] / sent["rl_tokens"]
-    strength = sent["strength_rollouts"] + sent["strength_demos"]
-    if strength:
-        metrics["hpt/gradient_share/demos"] = sent["strength_demos"] / strength
-        metrics["hpt/gradient_share/rollouts"] = sent["strength_rollouts"] / strength
-    for name in ("entropy_bonus", "kl_loss"):
-        if name in sent:
-            metrics[f"hpt/{name}"] = sent[name]
+    for name, metric in LOSS_METRICS.items():
+        number, *per = (sent[part] for part, _, _ in metric.parts())
+        if not per or per[0]:
+            metrics[f"hpt/{name}"] = number / per[0] if per else number
+    for name, edges in HISTOGRAMS.items():
+        counts = np.array([sent[bin_] for bin_ in _BINS[name]])
+        if counts.sum():
+            metrics |= {f"hpt/{name}/q{round(100 * q)}": quantile(counts, edges, q) for q in QUANTILES}
+    metrics |= {f"hpt/{name}": number for name, number in sent.items() if name not in SUMS}
 
 
 def quantile(counts: np.ndarray, edges: Sequence[float], q: float) -> float:

@@ -10,7 +10,8 @@ import torch
 from verl.utils.metric import AggregationType, Metric
 from verl.workers.utils.padding import no_padding_2_padding
 
-from verl_hpt.loss import ROW_COLUMNS, ROW_FIELD, LossSpec, loss_and_sums
+from verl_hpt.loss import ROW_COLUMNS, ROW_FIELD, LossSpec, loss_of
+from verl_hpt.metrics import sums_of
 
 
 def hpt_loss(model_output, data, dp_group=None, *, spec: LossSpec):
@@ -34,7 +35,6 @@ def hpt_loss(model_output, data, dp_group=None, *, spec: LossSpec):
     of_row = (of_row.values() if of_row.is_nested else of_row).reshape(len(data), len(ROW_COLUMNS), 1)
     column = dict(zip(ROW_COLUMNS, of_row.to(log_prob.dtype).unbind(1), strict=True))
     rows = data.select(*(name for name in spec.fields if name != ROW_FIELD)).to_padded_tensor()
-    loss, sums = loss_and_sums(log_prob, entropy, rows.pop("response_mask").bool(), column, rows, spec)
-    scale = float(data["dp_size"])
-    numbers = (torch.stack(list(sums.values())) * scale).tolist()  # one transfer
-    return loss * scale, {f"hpt/{n}": Metric(AggregationType.SUM, x) for n, x in zip(sums, numbers, strict=True)}
+    mask, scale = rows.pop("response_mask").bool(), float(data["dp_size"])
+    loss, sums = loss_of(log_prob, entropy, mask, column, rows, spec, sums_of)
+    return loss * scale, {f"hpt/{n}": Metric(AggregationType.SUM, scale * x) for n, x in sums.items()}
