@@ -5,12 +5,13 @@ import math
 import re
 import sys
 
+import numpy as np
 import pytest
 
 from verl_hpt import config
 from verl_hpt.config import Schedule, load, resolve_method
 from verl_hpt.errors import UserError
-from verl_hpt.gate import decide
+from verl_hpt.gate import Outcome, decide
 from verl_hpt.typed import WRONG, build
 
 
@@ -305,7 +306,8 @@ def test_a_value_is_of_its_type_and_nothing_else():
 def test_numbers_at_the_edge_are_taken():
     settings = load({"demo_coef": 0, "gate": {"threshold": -1, "count": -1}, "demo": {"reward": -2, "per_question": 1}})
     assert (settings.demo_coef, settings.demo.reward) == (0.0, -2.0)
-    assert [decide(solved, 4, settings.gate.at(0)).zone for solved in (0, 4)] == ["rl", "rl"], "a count below 0: never"
+    outcomes = [Outcome(np.array([1.0] * k + [0.0] * (4 - k)), settings.gate.at(0)) for k in (0, 4)]
+    assert [decide("gate", outcome).zone for outcome in outcomes] == ["rl", "rl"], "a count below 0: never"
     edge = {"history": {"cooldown": 0, "retire_after": 1, "early_gate": {"after_failures": 1, "rollouts": 1}}}
     assert load(edge).history.early_gate.after_failures == 1
     assert load({"gate": {"threshold": {"start": 1, "end": 0, "steps": 1}}}).gate.at(1).threshold == 0.0

@@ -1,10 +1,25 @@
 """The gate, which compares counts: solved ≤ γ·n, with room for what floats do to shares."""
 
+import numpy as np
 import pytest
 from reference.losses import SOFT
 
 from verl_hpt import gate
-from verl_hpt.gate import DEMO, OFF, RL, GateSettings, decide, decide_soft
+from verl_hpt.gate import DEMO, OFF, RL, Decision, GateSettings, Outcome
+from verl_hpt.methods import METHODS
+from verl_hpt.plan import PlanSettings, Question, plan
+
+
+def outcome(solved, n, settings, **known) -> Outcome:
+    return Outcome(np.array([1.0] * solved + [0.0] * (n - solved)), settings, **known)
+
+
+def decide(solved, n, settings) -> Decision:
+    return gate.decide("gate", outcome(solved, n, settings))
+
+
+def decide_soft(solved, n, demo_correct, settings) -> Decision:
+    return gate.settle(gate.decide("soft", outcome(solved, n, settings)), 1, demo_correct, True)
 
 
 @pytest.mark.parametrize("n", range(1, 65))
@@ -66,6 +81,68 @@ def test_a_users_gate_is_found_by_name():
         assert [decide(s, 4, settings).zone for s in range(3)] == ["demo", "demo", "rl"]
     finally:
         del gate.GATES["at_most_one"]
+
+
+def test_a_gate_that_takes_the_outcome_gets_rewards_history_and_its_own_arguments(monkeypatch):
+    def stubborn(outcome, patience, share=0.5):
+        if outcome.history["uses"] >= patience:
+            return Decision("rested", share, 0.0, 0.0)
+        return DEMO if outcome.rewards.max() < 0.5 and outcome.solved < outcome.n else RL
+
+    monkeypatch.setitem(gate.GATES, "stubborn", stubborn)
+    settings = GateSettings(function="stubborn", kwargs={"patience": 3})
+    shaped = [Outcome(np.array(r), settings, history={"uses": uses}) for r in ([0.4], [0.6]) for uses in (0, 3)]
+    assert [gate.decide("gate", one).zone for one in shaped] == ["demo", "rested", "rl", "rested"]
+    with_share = GateSettings(function="stubborn", kwargs={"patience": 0, "share": 0.25})
+    assert gate.decide("gate", Outcome(np.zeros(2), with_share, history={"uses": 0})).on == 0.25
+
+
+def test_a_gate_of_three_arguments_gets_its_own_arguments_too(monkeypatch):
+    monkeypatch.setitem(gate.GATES, "at_most", lambda solved, n, settings, most=0: DEMO if solved <= most else RL)
+    zones = [decide(s, 4, GateSettings(function="at_most", kwargs={"most": 2})).zone for s in range(4)]
+    assert zones == ["demo", "demo", "demo", "rl"]
+
+
+def test_a_gate_of_the_users_can_stand_for_the_soft_table_with_its_own_arguments(monkeypatch):
+    monkeypatch.setitem(gate.GATES, "power", lambda outcome, to: gate.Decision("soft", 1.0, 0.0, 0.5**to))
+    assert decide_soft(0, 4, True, GateSettings(soft="power", kwargs={"to": 3})).sft == 0.125
+
+
+def planned(question, **settings):
+    return plan([question], PlanSettings(METHODS["hpt"], "question", 8.0, gate=GateSettings(**settings)))
+
+
+def test_the_gate_is_asked_once_a_question_and_step(monkeypatch):
+    asked = []
+    monkeypatch.setitem(gate.GATES, "counted", lambda outcome: asked.append(outcome) or DEMO)
+    question = Question("a", np.zeros(2), np.ones(2, int), demo_lengths=np.ones(1, int), demo_rewards=np.ones(1),
+                        history={"uses": 7})  # fmt: skip
+    assert planned(question, function="counted").decisions == [DEMO]
+    assert [one.history for one in asked] == [{"uses": 7}]
+
+
+def test_a_share_of_the_rollouts_stands_where_the_gate_asks_for_no_demonstration(monkeypatch):
+    """It became the whole of them for want of a demonstration that the decision does not use."""
+    monkeypatch.setitem(gate.GATES, "half", lambda outcome: Decision("half", 0.5, 0.0, 0.0))
+    assert planned(Question("a", np.array([1.0, 0.0]), np.ones(2, int)), function="half").decisions[0].on == 0.5
+
+
+@pytest.mark.parametrize(
+    ("decision", "trains_rollouts", "settled"),
+    [
+        (DEMO, True, RL),
+        (DEMO, False, gate.NOTHING),
+        (gate.BOTH, True, RL),
+        (OFF, True, RL),
+        (RL, True, RL),
+        (gate.OWN, False, gate.OWN),
+        (Decision("soft", 0.25, 0.0, 0.0), True, Decision("soft", 0.25, 0.0, 0.0)),
+        (Decision("soft", 0.25, 0.0, 0.5), True, RL),
+    ],
+)
+def test_what_becomes_of_a_decision_without_a_usable_demonstration(decision, trains_rollouts, settled):
+    assert gate.settle(decision, 0, False, trains_rollouts) == settled
+    assert gate.settle(decision, 1, True, trains_rollouts) == decision
 
 
 def test_a_gates_name_is_taken_once():

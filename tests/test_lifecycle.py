@@ -50,10 +50,10 @@ class Trainer:
         )
         rewards, counts = np.array(rewards, dtype=float), Counter()
         past = self.lifecycle.past(groups, self.step_number)
-        questions, read, counts = questions_of(
+        questions, read, counts, decisions = questions_of(
             groups, scored(rewards, length=10), self.reader, settings, self.step_number, past
         )
-        made = plan(questions, settings)
+        made = plan(questions, settings, decisions)
         self.zones = {name: decision.zone for name, decision in zip(names, made.decisions, strict=True)}
         shown = {name: [] for name in names}
         for row in np.flatnonzero(made.kind == mixing.DEMO):

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import hydra
+import numpy as np
 import pytest
 import torch
 import verl
@@ -24,7 +25,7 @@ from omegaconf import OmegaConf
 
 from verl_hpt import config
 from verl_hpt.errors import UserError
-from verl_hpt.gate import decide
+from verl_hpt.gate import Outcome, decide
 from verl_hpt.host import refusals
 from verl_hpt.parts import Tokens, ppo_clip
 
@@ -255,7 +256,8 @@ def test_the_gate_of_llama_is_two_of_eight(bench, base):
     for model, limit in (("llama3.1_8b", 2), ("qwen2.5_math_7b", 0)):
         bench.run(model)
         gate = settings_of(compose(bench.calls("train")[0])).gate.at(0)
-        assert [decide(solved, 8, gate).zone for solved in (limit, limit + 1)] == ["demo", "rl"]
+        outcomes = [Outcome(np.array([1.0] * k + [0.0] * (8 - k)), gate) for k in (limit, limit + 1)]
+        assert [decide("gate", outcome).zone for outcome in outcomes] == ["demo", "rl"]
 
 
 def test_demonstrations_of_the_small_model_weigh_three_tenths(bench):

@@ -61,7 +61,7 @@ def trained(rewards, hpt, cut=None) -> tuple[str, set]:
     method = METHODS[node.method]
     plan_settings = PlanSettings(method, method.normalization, 16.0, gate=node.gate.at(1))
     one = group("ab", rows=range(len(rewards)))
-    questions, _, _ = questions_of([one], rows, reader(), plan_settings, 1)
+    questions, *_ = questions_of([one], rows, reader(), plan_settings, 1)
     made = plan(questions, plan_settings)
     return made.decisions[0].zone, {(d.kind, d.index) for d in made.dropped if d.kind == ROLLOUT}
 

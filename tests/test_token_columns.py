@@ -176,7 +176,7 @@ def test_the_loss_names_a_field_that_it_was_promised():
 def ask(groups, likelihoods=None, **demo):
     plan_settings = PlanSettings(METHODS["hpt"], "question", 8.0)
     zeros, reader = np.zeros(2), Reader(Letters(), 0, config.Demo(**demo), max_length=8)
-    return questions_of(groups, scored(zeros), reader, plan_settings, 1, None, likelihoods)
+    return questions_of(groups, scored(zeros), reader, plan_settings, 1, None, likelihoods)[:3]
 
 
 def test_columns_come_with_the_demonstration_and_weights_are_relative():

@@ -12,10 +12,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
 from verl_hpt.demos.columns import DemoColumns
 from verl_hpt.errors import UserError, raise_all
 from verl_hpt.estimator import Method, Term
-from verl_hpt.gate import GATES, GateSettings
+from verl_hpt.gate import GATES, GateSettings, Outcome, ask
 from verl_hpt.methods import METHODS, OFF_ZONE, estimator_of
 from verl_hpt.normalize import NORMALIZATIONS
 from verl_hpt.parts import RANGES, Constants
@@ -263,7 +265,7 @@ def resolve_method(settings: Settings) -> Method:
                     "registers it in hpt.modules"
                 )
         if gate.function in GATES:
-            first = GATES[gate.function](0, 1, gate.at(0))
+            first = ask(gate.function, Outcome(np.zeros(1), gate.at(0)))
             terms = (method.term("R") if first.off else None, method.term("S") if first.sft else None)
             if (first.off or first.sft) and not first.on and not any(terms):
                 problems.append(

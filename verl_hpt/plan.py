@@ -1,26 +1,26 @@
 """The plan of one update: which rows it has, what each weighs, and in which optimizer step and rank it stands.
 
-``plan`` is pure: it depends on its inputs alone, not on the order in which rollouts arrived. Each question goes whole
-into one optimizer step; questions, and among them those on demonstrations, are dealt evenly; every step of every rank
-has the same number of rows, filled up with padding rows that carry no token.
+``plan`` is pure: it depends on its inputs alone, not on the order in which rollouts arrived. What each question trains
+on is the gate's decision. Each question goes whole into one optimizer step; questions, and among them those on
+demonstrations, are dealt evenly; every step of every rank has the same number of rows, filled up with padding rows that
+carry no token.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from verl_hpt import gate
 from verl_hpt.estimator import Method
-from verl_hpt.gate import Decision, GateSettings
+from verl_hpt.gate import Decision, GateSettings, Outcome
 from verl_hpt.normalize import weights
 
 ROLLOUT, DEMO, PADDING = 0, 1, -1
-NOTHING = Decision("none", 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Question:
             question is on its demonstration).
         demo_lengths, demo_rewards: (k,) tokens and score of each usable demonstration; score nan: none was given, and
             ``demo_scores`` says what it counts as.
-        source: data source.
+        source: data source. history: numbers of its earlier draws by name, for a gate.
     """
 
     key: str
@@ -51,6 +51,7 @@ class Question:
     demo_lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
     demo_rewards: np.ndarray = field(default_factory=lambda: np.zeros(0))
     source: str = ""
+    history: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def scores(self) -> np.ndarray:
@@ -94,6 +95,20 @@ class Dropped:
     why: str
 
 
+class Row(NamedTuple):
+    """One row of the update: rollout or demonstration ``index`` of a question. Shares: factors of its two weights."""
+
+    question: int
+    kind: int
+    index: int
+    advantage: float
+    reward: float
+    correct: bool
+    tokens: int
+    rl_share: float
+    demo_share: float
+
+
 @dataclass
 class Plan:
     """The rows of one update. Arrays of shape (rows,), in the order of the questions given, rollouts first.
@@ -127,51 +142,62 @@ class Plan:
         return len(self.question)
 
 
-def plan(questions: Sequence[Question], settings: PlanSettings) -> Plan:
-    """Decide, weigh and lay out one update."""
-    decisions, rows, dropped = [], [], []
-    solved = [solved_rollouts(question, settings) for question in questions]
+def outcome_of(question: Question, settings: PlanSettings) -> Outcome:
+    """What the gate of its data source knows of a question."""
+    bounds = settings.gate_of(question.source)
+    cut = question.truncated if bounds.finished or settings.truncated != "keep" else None
+    return Outcome(question.rewards, bounds, question.scores, cut, question.history)
+
+
+def decide(question: Question, settings: PlanSettings) -> Decision:
+    """The gate's decision, before the question's demonstrations are read."""
+    method = settings.method
+    return gate.decide(method.when, outcome_of(question, settings), method.rollouts is not None)
+
+
+def plan(questions: Sequence[Question], settings: PlanSettings, decisions: Sequence[Decision] | None = None) -> Plan:
+    """Weigh and lay out one update. decisions: of ``decide``, one a question; made here where they are not given."""
+    if decisions is None:
+        decisions = [decide(question, settings) for question in questions]
+    solved = [outcome_of(question, settings).correct for question in questions]
+    decisions = [_settle(*pair, settings) for pair in zip(questions, decisions, strict=True)]
+    rows: list[Row] = []
+    dropped: list[Dropped] = []
     for number, question in enumerate(questions):
-        decision = decide(question, settings)
-        kept, lost = _rows_of(number, question, decision, solved[number], settings)
-        decisions.append(decision)
-        rows.extend(kept)
-        dropped.extend(lost)
-    columns = np.array(rows, dtype=np.float64).reshape(-1, 9).T
-    question, kind, index = columns[:3].astype(int)
-    advantage, reward, correct, tokens, rl_share, demo_share = columns[3:]
+        _add_rows(number, question, decisions[number], solved[number], settings, rows, dropped)
+    row = Row(*np.array(rows, dtype=np.float64).reshape(-1, len(Row._fields)).T)
+    question, kind, index = (column.astype(int) for column in row[:3])
 
     steps = max(1, -(-len(questions) // settings.questions_per_step))
     step_of = _deal(questions, decisions, np.unique(question), steps, settings.seed)
     step = step_of[question] if len(question) else question
-    w_rl, w_demo = np.zeros(len(question)), np.zeros(len(question))
-    w_entropy = np.zeros(len(question))
+    w_rl, w_demo, w_entropy = np.zeros((3, len(question)))
     for s in range(steps):
-        here = step == s
-        w_rl[here], w_demo[here] = weights(
+        of_step = step == s
+        w_rl[of_step], w_demo[of_step] = weights(
             settings.normalization,
-            question[here],
-            tokens[here],
-            rl_share[here],
-            demo_share[here],
+            *(column[of_step] for column in (question, row.tokens, row.rl_share, row.demo_share)),
             length_scale=settings.length_scale,
             demo_coef=settings.demo_coef,
         )
-        learning = here & (kind == ROLLOUT) & (rl_share != 0)
+        learning = of_step & (kind == ROLLOUT) & (row.rl_share != 0)
         if settings.normalization == "official":  # its entropy bonus is a token mean, not a sum over L
-            w_entropy[learning] = rl_share[learning] / max(tokens[learning].sum(), 1)
+            w_entropy[learning] = row.rl_share[learning] / max(row.tokens[learning].sum(), 1)
         else:
             w_entropy[learning] = w_rl[learning]
-    rows_per_step, layout = _lay_out(step, tokens, steps, settings.ranks, settings.rows_multiple)
+    rows_per_step, layout = _lay_out(step, row.tokens, steps, settings.ranks, settings.rows_multiple)
     return Plan(
-        decisions, solved, question, kind, index, advantage, reward, correct.astype(bool), tokens.astype(int), w_rl,
-        w_demo, w_entropy, step, dropped, steps, rows_per_step, layout,
+        decisions, solved, question, kind, index, row.advantage, row.reward, row.correct.astype(bool),
+        row.tokens.astype(int), w_rl, w_demo, w_entropy, step, dropped, steps, rows_per_step, layout,
     )  # fmt: skip
 
 
-def solved_rollouts(question: Question, settings: PlanSettings) -> np.ndarray:
-    """Which of a question's rollouts count as solved, by the gate of its source. -> (n,) bool"""
-    return gate.solved(question.scores, settings.gate_of(question.source).success, _cut(question, settings))
+def _settle(question: Question, decision: Decision, settings: PlanSettings) -> Decision:
+    """The decision once it is known which demonstrations the question has."""
+    success, method = settings.gate_of(question.source).success, settings.method
+    right = bool(gate.solved(demo_scores(question, settings), success).any())
+    on_rollouts = method.rollouts is not None and method.when != "own"
+    return gate.settle(decision, len(question.demo_lengths), right, on_rollouts)
 
 
 def demo_scores(question: Question, settings: PlanSettings) -> np.ndarray:
@@ -186,33 +212,6 @@ def demo_scores(question: Question, settings: PlanSettings) -> np.ndarray:
     return np.where(np.isnan(question.demo_rewards), default, question.demo_rewards)
 
 
-def decide(question: Question, settings: PlanSettings) -> Decision:
-    """The method's rule and the gate, and what becomes of a question that has no usable demonstration."""
-    method, bounds = settings.method, settings.gate_of(question.source)
-    n, k = len(question.rewards), len(question.demo_lengths)
-    if method.when == "never" or (k == 0 and method.when != "own"):
-        return gate.RL if method.rollouts is not None else NOTHING
-    if method.when == "always":
-        return gate.BOTH if method.rollouts is not None else gate.DEMO
-    if method.when == "unrewarded":
-        return gate.RL if gate.rewarded(question.rewards, _cut(question, settings)).any() else gate.DEMO
-    solved = int(solved_rollouts(question, settings).sum())
-    if method.when == "soft":
-        right = gate.solved(demo_scores(question, settings), bounds.success).any()
-        return gate.decide_soft(solved, n, bool(right), bounds)
-    if method.when == "own" and (solved or k == 0):
-        return Decision("own", 0.0, 0.0, 1.0) if solved else NOTHING
-    if method.when == "own":
-        return gate.DEMO
-    return gate.decide(solved, n, bounds)
-
-
-def _cut(question: Question, settings: PlanSettings) -> np.ndarray | None:
-    """Rollouts that never count as solved since they were cut at the length limit. -> (n,) bool"""
-    counts_for_nothing = settings.gate_of(question.source).finished or settings.truncated != "keep"
-    return question.truncated if counts_for_nothing else None
-
-
 def _returns(question: Question, settings: PlanSettings) -> np.ndarray:
     """What Â is made of, rollouts that were cut counted as failures where the settings say so. -> (n,)
 
@@ -224,13 +223,13 @@ def _returns(question: Question, settings: PlanSettings) -> np.ndarray:
     return np.where(question.truncated, min([0.0, *returns]), returns)
 
 
-def _rows_of(number: int, question: Question, decision: Decision, solved: np.ndarray, settings: PlanSettings):
-    """Rows of one question as (question, kind, index, advantage, reward, correct, tokens, rl_share, demo_share)."""
-    method, success = settings.method, settings.gate_of(question.source).success
-    n, k = len(question.rewards), len(question.demo_lengths)
+def _add_rows(
+    number: int, question: Question, decision: Decision, solved: np.ndarray, settings: PlanSettings,
+    rows: list[Row], dropped: list[Dropped],
+) -> None:  # fmt: skip
+    """Add the rows of one question to ``rows``, what the update does not see of it to ``dropped``."""
+    method, n, k = settings.method, len(question.rewards), len(question.demo_lengths)
     returns, demo_rewards = _returns(question, settings), demo_scores(question, settings)
-    kept, dropped = [], []
-
     grouped = method.place == "group" and k > 0
     group = np.concatenate([returns, demo_rewards]) if grouped else returns
     of_rollouts = _over_group(method.rollouts, group)
@@ -238,29 +237,28 @@ def _rows_of(number: int, question: Question, decision: Decision, solved: np.nda
     if question.skipped_rollouts and len(group) == 1:
         of_rollouts = 0 * of_rollouts  # its raw reward is no advantage: the others of its group were not sampled
 
-    own = int(np.argmax(solved)) if decision.zone == "own" else None
-    masked = question.truncated if settings.truncated == "mask" else None
+    s_scale = method.term("S").scale if method.term("S") is not None else 0.0
+    imitated = int(np.argmax(solved)) if decision.zone == "own" else None  # the first of its rollouts that is correct
+    masked = question.truncated if settings.truncated == "mask" and decision.on else None
     for i in range(n):
-        demo_share = method.term("S").scale if own == i else 0.0
-        if masked is not None and masked[i] and decision.on:
+        demo_share = s_scale if imitated == i else 0.0
+        if masked is not None and masked[i]:
             dropped.append(Dropped(number, ROLLOUT, i, "it was cut at the length limit"))
         elif decision.on or demo_share:
-            kept.append((number, ROLLOUT, i, of_rollouts[i], question.rewards[i], solved[i], question.lengths[i],
-                         decision.on, demo_share))  # fmt: skip
+            rows.append(Row(number, ROLLOUT, i, of_rollouts[i], question.rewards[i], solved[i], question.lengths[i],
+                            decision.on, demo_share))  # fmt: skip
         else:
-            dropped.append(Dropped(number, ROLLOUT, i, _why_no_rollout(decision)))
+            dropped.append(Dropped(number, ROLLOUT, i, _NO_ROLLOUT.get(decision.zone, _NO_SHARE)))
 
     r_term = method.off_zone or method.term("R") if decision.zone == "off" else method.term("R")
-    rl_share = decision.off * r_term.scale if r_term is not None else 0.0
-    demo_share = decision.sft * method.term("S").scale if method.term("S") is not None else 0.0
-    demo_correct = gate.solved(demo_rewards, success)
+    rl_share, demo_share = (decision.off * r_term.scale if r_term is not None else 0.0), decision.sft * s_scale
+    demo_correct = gate.solved(demo_rewards, settings.gate_of(question.source).success)
     for j in range(k):
-        if own is None and (rl_share or demo_share):
-            kept.append((number, DEMO, j, of_demos[j], demo_rewards[j], demo_correct[j], question.demo_lengths[j],
-                         rl_share, demo_share))  # fmt: skip
+        if imitated is None and (rl_share or demo_share):
+            rows.append(Row(number, DEMO, j, of_demos[j], demo_rewards[j], demo_correct[j], question.demo_lengths[j],
+                            rl_share, demo_share))  # fmt: skip
         else:
-            dropped.append(Dropped(number, DEMO, j, _why_no_demo(decision)))
-    return kept, dropped
+            dropped.append(Dropped(number, DEMO, j, _NO_DEMO.get(decision.zone, _NO_SHARE)))
 
 
 def _over_group(estimator, rewards: np.ndarray) -> np.ndarray:
@@ -270,20 +268,18 @@ def _over_group(estimator, rewards: np.ndarray) -> np.ndarray:
     return estimator.advantage.over_group(np.asarray(rewards, dtype=np.float64))
 
 
-def _why_no_rollout(decision: Decision) -> str:
-    return {
-        "demo": "the question trains on its demonstration",
-        "off": "the question trains off-policy on its demonstration",
-        "own": "the question trains on its first correct rollout",
-        "none": "the method trains on demonstrations only, and the question has no usable one",
-    }.get(decision.zone, "its coefficient is 0")
-
-
-def _why_no_demo(decision: Decision) -> str:
-    return {
-        "rl": "the question trains on its rollouts",
-        "own": "the question trains on its own correct rollout",
-    }.get(decision.zone, "its coefficient is 0")
+# Why a row is left out, by zone.
+_NO_SHARE = "its coefficient is 0"
+_NO_ROLLOUT = {
+    "demo": "the question trains on its demonstration",
+    "off": "the question trains off-policy on its demonstration",
+    "own": "the question trains on its first correct rollout",
+    "none": "the method trains on demonstrations only, and the question has no usable one",
+}
+_NO_DEMO = {
+    "rl": "the question trains on its rollouts",
+    "own": "the question trains on its own correct rollout",
+}
 
 
 def _deal(questions, decisions, present: np.ndarray, steps: int, seed: int) -> np.ndarray:

@@ -16,6 +16,7 @@ from verl_hpt import config
 from verl_hpt.demos import encode as demos
 from verl_hpt.demos.columns import read_demos
 from verl_hpt.errors import UserError
+from verl_hpt.gate import Decision
 from verl_hpt.lifecycle import SPARED, UNKNOWN, Past
 from verl_hpt.normalize import relative
 from verl_hpt.plan import PlanSettings, Question, decide
@@ -204,8 +205,8 @@ def questions_of(
     draw: int,
     past: Sequence[Past] | None = None,
     likelihoods: Callable[[Sequence[tuple[Group, Candidate]]], Sequence[float]] | None = None,
-) -> tuple[list[Question], list[list[Candidate]], Counter]:
-    """The plan's questions, and their demonstrations' tokens.
+) -> tuple[list[Question], list[list[Candidate]], Counter, list[Decision]]:
+    """The plan's questions, their demonstrations' tokens, counts, and what the gate decided of each question.
 
     Demonstrations are read (tokenised) only for questions that would train on one.
 
@@ -217,7 +218,7 @@ def questions_of(
     Raises:
         UserError: a score or return that is not finite; names the question.
     """
-    questions, read, counts = [], [], Counter()
+    questions, decisions, read, counts = [], [], [], Counter()
     past = [UNKNOWN] * len(groups) if past is None else list(past)
     for group, known in zip(groups, past, strict=True):
         for name, values in (("reward", scored.scores), ("return", scored.returns)):
@@ -235,14 +236,10 @@ def questions_of(
             truncated=scored.truncated[group.rows],
             skipped_rollouts=int(demos.plain(group.columns.get(SPARED)) or 0),
             source=group.source,
-            demo_lengths=np.ones(1, dtype=int),
-            demo_rewards=np.array([math.nan]),
         )
         questions.append(question)
-        decision = decide(question, settings)  # as if it had a demonstration
-        # A soft gate asks whether the demonstration is right, so that one must be there whatever the shares are.
-        shares = decision.off or decision.sft or settings.method.when == "soft"
-        teaches = settings.method.demos and shares and decision.zone != "own"
+        decisions.append(decide(question, settings))
+        teaches = settings.method.demos and decisions[-1].asks_for_demo
         read.append(reader.candidates(group, counts, known) if teaches else [])
     if likelihoods is not None:
         several = [i for i, found in enumerate(read) if len(found) > reader.settings.per_question]
@@ -263,7 +260,7 @@ def questions_of(
             demo_lengths=np.array([sum(encoded.mask) for encoded, _ in read[i]], dtype=int),
             demo_rewards=np.array([values["reward"] for _, values in read[i]], dtype=np.float64),
         )
-    return questions, read, counts
+    return questions, read, counts, decisions
 
 
 def _order(question: Question) -> tuple:

@@ -207,10 +207,10 @@ class HybridMixin:
         scored = self._read_rows(batch, groups)
         past = self.hpt.lifecycle.past(groups, self.global_steps)
         likelihoods = partial(self._likelihoods, batch) if self.hpt.choosing_pass else None
-        questions, read, counts = questions_of(
+        questions, read, counts, decisions = questions_of(
             groups, scored, self.hpt.reader, settings, self.global_steps, past, likelihoods
         )
-        return Step(groups, questions, read, counts, scored, plan(questions, settings))
+        return Step(groups, questions, read, counts, scored, plan(questions, settings, decisions))
 
     def _read_rows(self, batch, groups) -> Scored:
         """What is known of each row; 0 where it is verl's padding."""
