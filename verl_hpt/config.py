@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from verl_hpt.demos.columns import DemoColumns
+from verl_hpt.demos.demonstration import COLUMNS
 from verl_hpt.errors import UserError, raise_all
 from verl_hpt.estimator import Method, Term
 from verl_hpt.gate import GATES, GateSettings, Outcome, ask
@@ -124,10 +124,9 @@ class Demo:
     teacher_log_prob: str | None = None
     source: str | None = None
 
-    def columns(self) -> DemoColumns:
+    def columns(self) -> dict[str, str]:
         """The columns beside the demonstrations' own."""
-        named = {name: getattr(self, name) for name in vars(DemoColumns()) if isinstance(getattr(self, name), str)}
-        return DemoColumns(**named)
+        return {name: getattr(self, name) for name in COLUMNS if isinstance(getattr(self, name), str)}
 
 
 @dataclass(frozen=True)

@@ -70,18 +70,3 @@ def weights(
     else:
         demo = one_of_k / length / (1 if name == "paper" else questions)
     return rl * rl_share, demo_coef * demo * demo_share
-
-
-def relative(weights: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Weights of one row's tokens, scaled to a mean of 1 over those that learn: they say what matters within a row.
-
-    So the row's own weight stays what ``weights`` gives it, and Σ_t over it is Σ w·x / Σ w times its tokens
-    (TL-Training, arXiv 2412.15495, divides by Σ w too).
-
-    Args:
-        weights: (tokens,) at least 0, one above 0 where mask is 1. mask: (tokens,) 1 where the token learns.
-    """
-    mask = np.asarray(mask)
-    counted = np.asarray(weights, dtype=np.float64) * mask
-    counted /= counted.max()  # so that the sum of huge weights is finite
-    return counted * mask.sum() / counted.sum()

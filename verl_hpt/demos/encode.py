@@ -1,173 +1,20 @@
-"""Demonstrations: from what stands in a dataset's cell to the tokens that are trained on.
+"""From a demonstration's content to the tokens that are trained on.
 
-One row of verl's dataset has a prompt and, in the column `hpt.demo.key`, one demonstration or several. A demonstration
-is a string (the answer), or a list of chat messages that continues the prompt: one assistant message, or assistant and
-tool messages in turn, ending with the assistant's. Tokens are those that a rollout saying the same would have: the text
-after the generation prompt, tokenised without special tokens, and exactly one EOS at the end.
-
-Used by the trainer on the driver and by `verl-hpt data check`, so that the check shows what training does.
+Tokens are those that a rollout saying the same would have: the text after the generation prompt, tokenised without
+special tokens, and exactly one EOS at the end. The trainer on the driver and `verl-hpt data check` use the same
+functions, so that the check shows what training does.
 """
 
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from verl_hpt.demos.select import SELECTORS, select, stable_hash
+from verl_hpt.demos.demonstration import Demonstration, Unusable, message_text, plain, single_text
 from verl_hpt.errors import UserError
 
-__all__ = [
-    "REASONS",
-    "SELECTORS",
-    "Demo",
-    "EncodedDemo",
-    "Unusable",
-    "demonstrations",
-    "encode",
-    "plain",
-    "select",
-    "stable_hash",
-]
-
-REASONS = {
-    "null": "no demonstration in this row",
-    "empty": "no text, or nothing but spaces",
-    "not_text": "neither text nor chat messages with text",
-    "bad_roles": "messages must continue the prompt: assistant first, assistant last, tools or users between",
-    "eos_inside": "the EOS token stands in the middle of the text",
-    "too_long": "more tokens, EOS included, than a response may have",
-    "template": "the chat template cannot say which tokens are the assistant's",
-    "bad_column": "a per-demonstration column does not fit the demonstrations",
-}
-
-_PLAIN = (str, bool, int, float, type(None))
 _CHARACTERS_A_TOKEN = 1024  # no vocabulary has longer tokens: a text above that many times the limit is not tokenised
-
-
-class Unusable(ValueError):
-    """A demonstration cannot be trained on; `reason` is a key of `REASONS`, `detail` says what was got."""
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(f"{REASONS[reason]}{f' ({detail})' if detail else ''}")
-        self.reason = reason
-        self.detail = detail
-
-
-@dataclass(frozen=True)
-class EncodedDemo:
-    """A demonstration's tokens: all follow the prompt's own tokens, the last one is EOS.
-
-    `mask` is 1 on what the assistant says (its EOS included) and 0 on what tools or users say between.
-    `warnings` names what is odd but trainable: `think_unclosed` (the prompt opens a reasoning tag that the text never
-    closes).
-    """
-
-    ids: list[int]  # (tokens,)
-    mask: list[int]  # (tokens,)
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass
-class Demo:
-    """One demonstration of a row: as the dataset has it, what the columns beside it say, and what became of it.
-
-    text: what is tokenised, None where only the chat template can say. length: tokens, EOS included, those of one that
-    is too long too. encoded: None for one without a tokenizer, or one that cannot be trained on; bad: why not.
-    """
-
-    content: Any
-    index: int = 0  # position in the row's cell
-    values: Mapping[str, Any] = field(default_factory=dict)
-    text: str | None = None
-    length: int | None = None
-    encoded: EncodedDemo | None = None
-    bad: Unusable | None = None
-
-
-def plain(value: Any) -> Any:
-    """The same value in plain Python: NumPy, Arrow and tensordict wrappers opened, keys of dicts that hold None gone.
-
-    A row read back from verl's queue or from Arrow has its lists as arrays, its messages' unused keys as None.
-    """
-    if isinstance(value, _PLAIN):
-        return value
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items() if v is not None}
-    if isinstance(value, list | tuple):
-        # A column with a number a token has thousands: they are not walked through one by one.
-        simple = all(issubclass(kind, _PLAIN) for kind in set(map(type, value)))
-        return list(value) if simple else [plain(v) for v in value]
-    if isinstance(value, np.ndarray | np.generic):
-        return plain(value.tolist()) if value.dtype.kind in "OV" else value.tolist()
-    if hasattr(value, "as_py"):  # pyarrow scalars
-        return plain(value.as_py())
-    if type(value).__name__ == "NonTensorData":
-        return plain(value.data)
-    if hasattr(value, "tolist"):  # tensordict's stacks, torch tensors
-        return plain(value.tolist())
-    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
-        return [plain(v) for v in value]
-    return value
-
-
-def demonstrations(cell: Any) -> list[Any]:
-    """The raw demonstrations of one row's cell: each a string, a list of message dicts, or something unusable.
-
-    None and an empty list have none; a string, one message, or a list of messages is one; a list of strings or of
-    message lists is several.
-    """
-    cell = plain(cell)
-    if cell is None or cell != cell:  # pandas writes a missing text as NaN
-        return []
-    if isinstance(cell, dict):
-        return [[cell]]
-    if not isinstance(cell, list):
-        return [cell]
-    if cell and all(isinstance(item, dict) for item in cell):
-        return [cell]
-    return [[item] if isinstance(item, dict) else item for item in cell]
-
-
-def message_text(message: dict) -> str:
-    """A message's text, its reasoning in `<think>` tags before it; raises `Unusable` where it is not text."""
-    content = message.get("content")
-    if isinstance(content, list):
-        parts = [p if isinstance(p, str) else p.get("text") if isinstance(p, dict) else None for p in content]
-        if not all(isinstance(p, str) for p in parts):
-            raise Unusable("not_text", f"content parts {_kinds(content)}")
-        content = "".join(parts)
-    if content is None and message.get("tool_calls"):
-        content = ""
-    if not isinstance(content, str):
-        raise Unusable("not_text", f"content is {type(content).__name__}")
-    reasoning = message.get("reasoning_content")
-    if isinstance(reasoning, str) and reasoning.strip() and "</think>" not in content:
-        content = f"<think>\n{reasoning.strip()}\n</think>\n\n{content}"
-    return content
-
-
-def single_text(demo: Any) -> str | None:
-    """The text of a one-turn demonstration, or None where only the chat template can render it; raises `Unusable`."""
-    if demo is None or demo != demo:
-        raise Unusable("null")
-    if isinstance(demo, str):
-        return demo
-    if not isinstance(demo, list) or not all(isinstance(m, dict) for m in demo):
-        raise Unusable("not_text", f"got {_kinds(demo)}")
-    if not demo:
-        raise Unusable("empty")
-    roles = [m.get("role", "assistant") for m in demo]
-    if roles[0] != "assistant" or roles[-1] != "assistant":
-        raise Unusable("bad_roles", f"got {', '.join(map(str, roles))[:200]}")
-    if any(a == b == "assistant" for a, b in itertools.pairwise(roles)):
-        raise Unusable("bad_roles", "two assistant messages in a row; several demonstrations are a list of lists")
-    if len(demo) == 1 and not demo[0].get("tool_calls"):
-        return message_text(demo[0])
-    return None
 
 
 def clean_text(text: str, eos_texts: Sequence[str], think_tail: str | None = None) -> str:
@@ -257,17 +104,19 @@ def finish(ids: Sequence[int], eos_id: int, max_length: int | None) -> list[int]
     return ids
 
 
-def encode(demo: Any, tokenizer: Any, eos_id: int, *, prompt_ids=None, prompt_messages=None, **more) -> EncodedDemo:
-    """Tokens and mask of one raw demonstration; raises `Unusable` with the reason. Arguments as of ``encode_all``."""
-    one = Demo(demo)
-    encode_all([(one, prompt_ids, prompt_messages)], tokenizer, eos_id, **more)
-    if one.bad is not None:
-        raise one.bad
-    return one.encoded
+def encode(
+    content: Any, tokenizer: Any, eos_id: int, *, prompt_ids=None, prompt_messages=None, **more
+) -> Demonstration:
+    """One raw demonstration with its tokens; raises `Unusable` with the reason. Arguments as of ``encode_all``."""
+    demo = Demonstration(content)
+    encode_all([(demo, prompt_ids, prompt_messages)], tokenizer, eos_id, **more)
+    if demo.bad is not None:
+        raise demo.bad
+    return demo
 
 
 def encode_all(
-    asked: Sequence[tuple[Demo, Sequence[int] | None, list[dict] | None]],
+    demos: Sequence[tuple[Demonstration, Sequence[int] | None, list[dict] | None]],
     tokenizer: Any,
     eos_id: int | None,
     max_length: int | None = None,
@@ -277,42 +126,38 @@ def encode_all(
     """Give each demonstration its tokens, or the reason why it has none; without a tokenizer, its cleaned text.
 
     Args:
-        asked: each demonstration with the rollouts' own prompt tokens (do they open a reasoning tag?) and the messages
-            that the prompt was rendered from, as with ``template_kwargs`` (`tools`, `enable_thinking` …): for
-            demonstrations of several turns or with tool calls.
+        demos: each with the rollouts' own prompt tokens (do they open a reasoning tag?) and the messages that the
+            prompt was rendered from, as with ``template_kwargs`` (`tools`, `enable_thinking` …): for demonstrations of
+            several turns or with tool calls.
         max_length: tokens that a response may have, EOS included. tokens: tokenises many texts; default: one by one.
     """
     ends = [] if tokenizer is None else eos_texts(tokenizer, eos_id)
     singles = []
-    for demo, prompt_ids, messages in asked:
+    for demo, prompt_ids, messages in demos:
         try:
             content = plain(demo.content)
             text = single_text(content)
             if text is not None:
                 tail = open_think(prompt_ids, tokenizer)
                 demo.text = clean_text(text, ends, tail)
+                demo.unclosed_think = tail is not None and "</think>" not in demo.text
                 bound_characters(demo.text, max_length)
-                singles.append((demo, tail))
+                singles.append(demo)
             elif tokenizer is not None:
-                demo.encoded = _encode_turns(content, tokenizer, eos_id, max_length, messages, template_kwargs, ends)
-                demo.length = len(demo.encoded.ids)
+                ids, mask = _encode_turns(content, tokenizer, eos_id, max_length, messages, template_kwargs, ends)
+                demo.ids, demo.mask, demo.length = ids, mask, len(ids)
         except Unusable as bad:
             demo.bad = bad
     if tokenizer is None:
         return
     tokens = tokens or (lambda texts: [tokenizer.encode(text, add_special_tokens=False) for text in texts])
-    for (demo, tail), ids in zip(singles, tokens([demo.text for demo, _ in singles]), strict=True):
+    for demo, ids in zip(singles, tokens([demo.text for demo in singles]), strict=True):
         demo.length = len(ids) + 1
         try:
-            ids = finish(ids, eos_id, max_length)
-            demo.encoded = EncodedDemo(ids, [1] * len(ids), think_warnings(demo.text, tail))
+            demo.ids = finish(ids, eos_id, max_length)
+            demo.mask = [1] * len(demo.ids)
         except Unusable as bad:
             demo.bad = bad
-
-
-def think_warnings(text: str, think_tail: str | None) -> tuple[str, ...]:
-    """`think_unclosed` where the prompt opens a reasoning tag and the cleaned text never closes it."""
-    return ("think_unclosed",) if think_tail is not None and "</think>" not in text else ()
 
 
 def bound_characters(text: str, max_length: int | None) -> None:
@@ -326,7 +171,9 @@ def _tokens(text: str, tokenizer: Any, max_length: int | None) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False) if text else []
 
 
-def _encode_turns(demo, tokenizer, eos_id, max_length, prompt_messages, template_kwargs, ends) -> EncodedDemo:
+def _encode_turns(
+    demo, tokenizer, eos_id, max_length, prompt_messages, template_kwargs, ends
+) -> tuple[list[int], list[int]]:
     """Several turns: the whole conversation rendered once, each assistant turn found in it by the prompt before it.
 
     What stands before assistant turn i must be exactly what a rollout would be given there: the template's rendering of
@@ -375,7 +222,7 @@ def _encode_turns(demo, tokenizer, eos_id, max_length, prompt_messages, template
         raise Unusable("eos_inside", "the last turn has text after EOS")
     if len(ids) == sum(1 for t in turns if t.get("role") == "assistant"):
         raise Unusable("empty")
-    return EncodedDemo(ids, mask)
+    return ids, mask
 
 
 def _for_template(message: dict) -> dict:
@@ -396,9 +243,3 @@ def _for_template(message: dict) -> dict:
                 raise Unusable("not_text", f"a tool call's arguments are no JSON: {arguments[:60]!r}") from None
         calls.append({**call, "type": "function", "function": {**function, "arguments": arguments}})
     return {**message, "tool_calls": calls}
-
-
-def _kinds(value: Any) -> str:
-    if isinstance(value, list):
-        return f"a list of {', '.join(sorted({type(v).__name__ for v in value})) or 'nothing'}"
-    return type(value).__name__

@@ -12,7 +12,8 @@ import torch
 from omegaconf import OmegaConf
 
 from verl_hpt import __version__, config
-from verl_hpt.demos import encode as demos
+from verl_hpt.demos.demonstration import COLUMNS, Demonstration, demonstrations, plain
+from verl_hpt.demos.encode import end_of_answers
 from verl_hpt.errors import UserError, raise_all
 from verl_hpt.gate import always_demo
 from verl_hpt.host import advantage, refusals
@@ -122,7 +123,7 @@ class Run:
             if column not in columns
         ]
         if self.settings.per_source:
-            there = sorted({str(demos.plain(source)) for source in table[SOURCE]} if SOURCE in columns else ())
+            there = sorted({str(plain(source)) for source in table[SOURCE]} if SOURCE in columns else ())
             shown = ", ".join(there[:10]) + (f" and {len(there) - 10} more" if len(there) > 10 else "")
             problems += [
                 f"hpt.per_source.{source}: no row of the training data has this data_source; it has {shown or 'none'}"
@@ -131,7 +132,7 @@ class Run:
             ]
         key = self.settings.question_key
         if key in columns:
-            nameless = [row for row, value in enumerate(table[key], start=1) if not _says(demos.plain(value))]
+            nameless = [row for row, value in enumerate(table[key], start=1) if not _says(plain(value))]
             if nameless:
                 problems.append(
                     f"hpt.question_key={key!r}: {len(nameless)} of {len(table)} rows of the training data have no "
@@ -144,7 +145,7 @@ class Run:
         """Once the tokenizer is there: the end token and the reader of demonstrations."""
         demo = self.settings.demo
         model = self.verl_config.actor_rollout_ref.model.path
-        self.eos, stops, problem = demos.end_of_answers(tokenizer, model, demo.eos)
+        self.eos, stops, problem = end_of_answers(tokenizer, model, demo.eos)
         if self.method.demos and problem:
             raise UserError(problem)
         self.stops = stops | {self.eos}
@@ -279,8 +280,8 @@ class Run:
             return spared
         bounds = self.plan_settings(step, 1)
         one = [
-            n - 1 if always_demo(bounds.gate_of(source), n) and demos.demonstrations(cell) else 0
-            for source, cell, n in zip(map(str, demos.plain(sources)), cells, full, strict=True)
+            n - 1 if always_demo(bounds.gate_of(source), n) and demonstrations(cell) else 0
+            for source, cell, n in zip(map(str, plain(sources)), cells, full, strict=True)
         ]
         if not any(one):
             return spared
@@ -307,7 +308,7 @@ class Run:
         demo, named = self.settings.demo, {}
         if self.method.demos:
             named["hpt.demo.key"] = demo.key
-            named |= {f"hpt.demo.{name}": column for name, column in demo.columns().named().items()}
+            named |= {f"hpt.demo.{name}": column for name, column in demo.columns().items()}
         if self.settings.question_key is not None:
             named["hpt.question_key"] = self.settings.question_key
         return named
@@ -344,7 +345,7 @@ def _says(value) -> bool:
 
 def question_name(group: Group, column: str) -> str:
     """What ``hpt.question_key`` calls a question; raises UserError where its row has no value there."""
-    value = demos.plain(group.columns.get(column))
+    value = plain(group.columns.get(column))
     if not _says(value):
         named = dataclasses.replace(group, key=repr(value)).named()
         raise UserError(

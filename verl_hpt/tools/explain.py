@@ -29,9 +29,9 @@ import numpy as np
 import torch
 
 from verl_hpt import config
+from verl_hpt.demos.demonstration import relative
 from verl_hpt.errors import UserError
 from verl_hpt.estimator import Method, row_terms
-from verl_hpt.normalize import relative
 from verl_hpt.parts import ON_DEMAND, RANGES, Constants, Tokens
 from verl_hpt.plan import DEMO, Plan, PlanSettings, Question, plan
 
