@@ -8,8 +8,8 @@ import pytest
 
 from verl_hpt.config import Demo
 from verl_hpt.errors import UserError
-from verl_hpt.host.batch import Group, Reader, Scored, group_rows, identity, questions_of, row_sums
-from verl_hpt.lifecycle import Past
+from verl_hpt.history import Past
+from verl_hpt.host.batch import Group, Reader, Scored, group_rows, questions_of, row_sums
 from verl_hpt.methods import METHODS
 from verl_hpt.plan import PlanSettings
 
@@ -56,11 +56,6 @@ def test_rows_are_grouped_by_question_in_the_order_of_sessions_and_padding_is_le
 def test_several_outputs_of_a_session_are_refused():
     with pytest.raises(UserError, match="a_0 has several outputs"):
         group_rows(["a_0_0", "a_0_1"], [False, False])
-
-
-def test_identity_is_the_same_for_the_same_source_and_prompt_alone():
-    assert identity("s", [1, 2]) == identity("s", np.array([1, 2])) != identity("t", [1, 2])
-    assert identity("s", [1, 2]) != identity("s", [2, 1])
 
 
 def test_row_sums_of_a_jagged_tensor_with_an_empty_row():

@@ -13,7 +13,7 @@ from verl_config import compose
 from verl_hpt.demos.encode import stop_ids
 from verl_hpt.errors import UserError
 from verl_hpt.host.batch import Group
-from verl_hpt.host.run import Run, question_name
+from verl_hpt.host.run import Run
 
 ACTOR = "actor_rollout_ref.actor"
 
@@ -285,13 +285,18 @@ def test_a_dataset_of_the_users_own_is_not_looked_into():
 
 @pytest.mark.parametrize("nothing", [None, "", float("nan"), np.float64("nan")])
 def test_no_question_is_ever_called_none(nothing):
-    group = Group("u", [0], source="math", columns={"id": nothing, "extra_info": {"index": 7}})
+    run, group = start("++hpt.question_key=id"), Group("u", [0])
+    cells = {"data_source": "math", "extra_info": {"index": 7}}
     with pytest.raises(UserError, match=r"data source 'math', index 7\): its column 'id' \(hpt\.question_key\) names"):
-        question_name(group, "id")
-    with pytest.raises(UserError, match=r"question None .* its column 'other'"):
-        question_name(group, "other")
-    assert [question_name(Group("u", [0], columns={"id": name}), "id") for name in ("q", 0, np.int64(3))] == [
-        "q", "0", "3"]  # fmt: skip
+        run.read_question(group, cells | {"id": nothing})
+    with pytest.raises(UserError, match=r"question None .* its column 'id'"):
+        run.read_question(group, cells)
+    for name, key in (("q", "q"), (0, "0"), (np.int64(3), "3")):
+        run.read_question(group, {"id": name})
+        assert group.key == key
+
+
+PROMPTS = {"raw_prompt": [[{"role": "user", "content": text}] for text in ("one", "two")]}
 
 
 def batch_of(monkeypatch, columns: dict, *overrides: str):
@@ -314,13 +319,13 @@ def test_the_trainer_names_questions_by_the_column_and_stops_at_one_without_a_na
     assert [group.key for group in named] == ["x", "5"]
     with pytest.raises(UserError, match=r"question None .*'id' \(hpt\.question_key\) names no question"):
         batch_of(monkeypatch, {"id": ["x", None]}, "++hpt.question_key=id")
-    hashed = [group.key for group in batch_of(monkeypatch, {"data_source": ["math", "math"]})]
+    hashed = [group.key for group in batch_of(monkeypatch, {"data_source": ["math", "math"], **PROMPTS})]
     assert len(set(hashed)) == 2 and all(len(key) == 16 for key in hashed)
 
 
 def test_the_trainer_refuses_prompts_with_images(monkeypatch):
     with pytest.raises(UserError, match="multi-modal prompts are not supported yet"):
-        batch_of(monkeypatch, {"multi_modal_inputs": [{}, {"pixel_values": [1]}]})
+        batch_of(monkeypatch, {"multi_modal_inputs": [{}, {"pixel_values": [1]}], **PROMPTS})
 
 
 # --- the tokenizer ---------------------------------------------------------------------------------------------------

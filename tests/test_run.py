@@ -280,7 +280,14 @@ def test_numbers_of_tokens_by_value():
 def test_the_columns_that_the_settings_name_are_read_once_a_question():
     named = [f"++hpt.demo.{name}={name[:3]}" for name in ("key", "reward", "token_weights", "source")]
     fields = make_run(*named, "++hpt.question_key=id").question_fields()
-    assert set(fields) >= {"prompts", "data_source", "extra_info", "raw_prompt", "multi_modal_inputs", "hpt_spared"}
+    assert set(fields) >= {
+        "prompts",
+        "data_source",
+        "extra_info",
+        "raw_prompt",
+        "multi_modal_inputs",
+        "hpt_skipped_rollouts",
+    }
     assert {"key", "rew", "tok", "sou", "id"} <= set(fields) and len(set(fields)) == len(fields)
     fields = make_run("++hpt.method=grpo", "++hpt.demo.key=key").question_fields()
     assert "key" not in fields, "no demonstration is read"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import math
 from collections import Counter
@@ -16,11 +15,12 @@ from verl_hpt import config
 from verl_hpt.demos import encode as demos
 from verl_hpt.demos.columns import read_demos
 from verl_hpt.errors import UserError
-from verl_hpt.lifecycle import SPARED, UNKNOWN, Past
+from verl_hpt.history import UNKNOWN, Past
 from verl_hpt.normalize import relative
 from verl_hpt.plan import PlanSettings, Question, decide
 
 logger = logging.getLogger(__name__)
+SKIPPED = "hpt_skipped_rollouts"  # column of a drawn question: rollouts that were not sampled
 
 # A demonstration that can be trained on, with what is known of it: its place in the row, its content, its reward, and
 # the values of the columns that the settings name (``demo_columns.DemoColumns``).
@@ -46,7 +46,7 @@ class Group:
         """How an error speaks of the question."""
         extra = demos.plain(self.columns.get("extra_info"))
         index = extra.get("index") if isinstance(extra, Mapping) else None
-        return f"question {self.key} (data source {self.source or 'unknown'!r}, index {index})"
+        return f"question {self.key or None} (data source {self.source or 'unknown'!r}, index {index})"
 
 
 def group_rows(keys: Sequence[str], padding: Sequence[bool]) -> list[Group]:
@@ -67,12 +67,6 @@ def group_rows(keys: Sequence[str], padding: Sequence[bool]) -> list[Group]:
             )
         groups.setdefault(uid, []).append((int(session), row))
     return [Group(uid, [row for _, row in sorted(rows)]) for uid, rows in groups.items()]
-
-
-def identity(source: str, prompt: Sequence[int]) -> str:
-    """A question's identity: a hash of its data source and prompt tokens (verl's uid is fresh every draw)."""
-    data = source.encode() + b"\0" + np.asarray(prompt, dtype=np.int64).tobytes()
-    return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 def row_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
@@ -233,7 +227,7 @@ def questions_of(
             returns=scored.returns[group.rows],
             metric=None if scored.metric is None else scored.metric[group.rows],
             truncated=scored.truncated[group.rows],
-            skipped_rollouts=int(demos.plain(group.columns.get(SPARED)) or 0),
+            skipped_rollouts=int(demos.plain(group.columns.get(SKIPPED)) or 0),
             source=group.source,
             demo_lengths=np.ones(1, dtype=int),
             demo_rewards=np.array([math.nan]),

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -14,11 +13,12 @@ from omegaconf import OmegaConf
 from verl_hpt import __version__, config
 from verl_hpt.alarms import Alarms
 from verl_hpt.demos import encode as demos
+from verl_hpt.demos.columns import unpacked
 from verl_hpt.errors import UserError, raise_all
 from verl_hpt.gate import always_demo
+from verl_hpt.history import Lifecycle, identity, names_question
 from verl_hpt.host import advantage, refusals
-from verl_hpt.host.batch import Group, Reader
-from verl_hpt.lifecycle import SPARED, Lifecycle
+from verl_hpt.host.batch import SKIPPED, Group, Reader
 from verl_hpt.loss import ROW_COLUMNS, ROW_FIELD, TOKEN_FIELDS, LossSpec
 from verl_hpt.plan import DEMO, Plan, PlanSettings
 
@@ -131,7 +131,7 @@ class Run:
             ]
         key = self.settings.question_key
         if key in columns:
-            nameless = [row for row, value in enumerate(table[key], start=1) if not _says(demos.plain(value))]
+            nameless = [row for row, value in enumerate(table[key], start=1) if not names_question(demos.plain(value))]
             if nameless:
                 problems.append(
                     f"hpt.question_key={key!r}: {len(nameless)} of {len(table)} rows of the training data have no "
@@ -158,7 +158,6 @@ class Run:
             self.settings.seed,
             data.get("apply_chat_template_kwargs") or {},
         )
-        self.lifecycle.bind_tokenizer(tokenizer, self.reader.template_kwargs)
 
     # --- every step ----------------------------------------------------------------------------------------------
 
@@ -180,8 +179,26 @@ class Run:
 
     def question_fields(self) -> list[str]:
         """Columns read once a question."""
-        names = ["prompts", "data_source", "extra_info", "raw_prompt", "multi_modal_inputs", SPARED]
+        names = ["prompts", "data_source", "extra_info", "raw_prompt", "multi_modal_inputs", SKIPPED]
         return list(dict.fromkeys([*names, *self._named_columns().values()]))
+
+    def sampling_fields(self) -> list[str]:
+        """Columns read of a question before it is sampled."""
+        names = [SOURCE, "extra_info", "raw_prompt", self.settings.demo.key, self.settings.question_key]
+        return [name for name in dict.fromkeys(names) if name is not None]
+
+    def read_question(self, group: Group, cells: Mapping) -> None:
+        """Sets a question's columns, data source and identity from its row, before sampling and after it alike.
+
+        Raises:
+            UserError: the row does not say which question it is.
+        """
+        group.columns = {name: unpacked(demos.plain(cell)) for name, cell in cells.items()}
+        group.source = str(demos.plain(group.columns.get(SOURCE)) or "")
+        try:
+            group.key = identity(group.columns, self.settings.question_key)
+        except UserError as error:
+            raise UserError(f"{group.named()}: {error}") from None
 
     def loss_spec(self) -> LossSpec:
         actor = self.verl_config.actor_rollout_ref.actor
@@ -264,27 +281,28 @@ class Run:
             columns[TOKEN_FIELDS[name]] = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
         return columns
 
-    def skipped_rollouts(self, step: int, sources: Sequence, prompts: Sequence, cells: Sequence, full: Sequence[int]):
-        """How many of its rollouts each question is spared that is about to be sampled; None where none is.
+    def skipped_rollouts(self, step: int, questions: Sequence[Group], full: Sequence[int]) -> list[int] | None:
+        """How many of its rollouts are left out of each question that is about to be sampled; None where none is.
 
-        The early gate spares those that failed again and again. And all but one are spared where every question trains
-        on its demonstration at this step, whatever its rollouts score (SFT until a step, RL after it); only in
-        trainer_mode=sync, where what is sampled at a step is trained at that step.
+        The early gate leaves out rollouts of those that failed again and again. And one rollout is enough where every
+        question trains on its demonstration at this step, whatever its rollouts score (SFT until a step, RL after it);
+        only in trainer_mode=sync, where what is sampled at a step is trained at that step.
 
         Args:
-            sources, prompts, cells: data source, chat messages and demonstrations of each. full: its rollouts.
+            full: rollouts of each question, where none is left out.
         """
-        spared = self.lifecycle.spared(sources, prompts, full)
+        skipped = self.lifecycle.skipped_rollouts([question.key for question in questions], full)
         if self.method.when != "gate" or self.verl_config.trainer.v1.trainer_mode != "sync":
-            return spared
-        bounds = self.plan_settings(step, 1)
-        one = [
-            n - 1 if always_demo(bounds.gate_of(source), n) and demos.demonstrations(cell) else 0
-            for source, cell, n in zip(map(str, demos.plain(sources)), cells, full, strict=True)
+            return skipped
+        bounds, key = self.plan_settings(step, 1), self.settings.demo.key
+        on_demo = [
+            always_demo(bounds.gate_of(question.source), n) and bool(demos.demonstrations(question.columns.get(key)))
+            for question, n in zip(questions, full, strict=True)
         ]
-        if not any(one):
-            return spared
-        return one if spared is None else [max(pair) for pair in zip(one, spared, strict=True)]
+        all_but_one = [n - 1 if certain else 0 for certain, n in zip(on_demo, full, strict=True)]
+        if not any(all_but_one):
+            return skipped
+        return all_but_one if skipped is None else [max(pair) for pair in zip(all_but_one, skipped, strict=True)]
 
     def _all_on_demos(self, step: int, n: int) -> bool:
         """Whether the settings alone put every question on its demonstration at this step."""
@@ -335,19 +353,3 @@ def context_length(actor_rollout_ref) -> int | None:
     except (OSError, ValueError):  # no config.json here, or of an architecture that transformers does not know
         return None
     return getattr(model.get_text_config(), "max_position_embeddings", None)
-
-
-def _says(value) -> bool:
-    """Whether a column's value names anything."""
-    return value is not None and value == value and str(value).strip() != ""
-
-
-def question_name(group: Group, column: str) -> str:
-    """What ``hpt.question_key`` calls a question; raises UserError where its row has no value there."""
-    value = demos.plain(group.columns.get(column))
-    if not _says(value):
-        named = dataclasses.replace(group, key=repr(value)).named()
-        raise UserError(
-            f"{named}: its column {column!r} (hpt.question_key) names no question; fill it in, or drop hpt.question_key"
-        )
-    return str(value)

@@ -27,23 +27,22 @@ from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.transferqueue_utils import kv_batch_meta2batch_meta
 
 from verl_hpt.demos import encode as demos
-from verl_hpt.demos.columns import packed, unpacked
+from verl_hpt.demos.columns import packed
 from verl_hpt.errors import UserError
 from verl_hpt.host import contract
 from verl_hpt.host.batch import (
+    SKIPPED,
     Candidate,
     Group,
     Scored,
     gate_metric,
     group_rows,
-    identity,
     questions_of,
     row_sums,
 )
 from verl_hpt.host.loss_fn import hpt_loss
 from verl_hpt.host.rows import ENGINE_FIELDS, OwnRow, padding_row, token_fields
-from verl_hpt.host.run import Run, question_name
-from verl_hpt.lifecycle import SPARED
+from verl_hpt.host.run import Run
 from verl_hpt.metrics import of_plan, of_update
 from verl_hpt.plan import DEMO, PADDING, Plan, Question, plan
 
@@ -144,13 +143,14 @@ class HybridMixin:
         batch = super()._next_train_batch(*args, **kwargs)
         n = self.config.actor_rollout_ref.rollout.n
         full = demos.plain(batch[ROLLOUTS]) if ROLLOUTS in batch else [n] * len(batch)
-        sources = batch["data_source"] if "data_source" in batch else [""] * len(batch)
-        key = self.hpt.settings.demo.key
-        cells = [unpacked(demos.plain(cell)) for cell in batch[key]] if key in batch else [None] * len(batch)
-        spared = self.hpt.skipped_rollouts(self.global_steps, sources, batch["raw_prompt"], cells, full)
-        if spared is not None:
-            left = [now - less for now, less in zip(full, spared, strict=True)]
-            for name, values in ((ROLLOUTS, left), (SPARED, spared)):
+        names = [name for name in self.hpt.sampling_fields() if name in batch]
+        questions = [Group("", []) for _ in full]
+        for question, cells in zip(questions, zip(*(batch[name] for name in names), strict=True), strict=True):
+            self.hpt.read_question(question, dict(zip(names, cells, strict=True)))
+        skipped = self.hpt.skipped_rollouts(self.global_steps, questions, full)
+        if skipped is not None:
+            left = [now - less for now, less in zip(full, skipped, strict=True)]
+            for name, values in ((ROLLOUTS, left), (SKIPPED, skipped)):
                 batch[name] = NonTensorStack.from_list([NonTensorData(value) for value in values])
         return batch
 
@@ -275,10 +275,7 @@ class HybridMixin:
         columns = {name: list(data[name]) for name in names if name != "prompts"}
         for i, group in enumerate(groups):
             group.prompt = prompts[i]
-            group.columns = {name: unpacked(demos.plain(values[i])) for name, values in columns.items()}
-            group.source = str(demos.plain(group.columns.get("data_source")) or "")
-            key = self.hpt.settings.question_key
-            group.key = identity(group.source, group.prompt) if key is None else question_name(group, key)
+            self.hpt.read_question(group, {name: values[i] for name, values in columns.items()})
             if demos.plain(group.columns.get("multi_modal_inputs")):
                 raise UserError(f"{group.named()}: multi-modal prompts are not supported yet")
 
