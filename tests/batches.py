@@ -180,7 +180,7 @@ def make_trainer(*overrides: str, ranks: int = 1, base=PPOTrainerSync, folder=HE
     trainer = object.__new__(hybrid(base))
     trainer.config, trainer.global_steps, trainer.hpt = changed(*overrides), 1, make_run(*overrides)
     trainer.hpt.verl_config = trainer.config
-    trainer.hpt.meet(tokenizer)
+    trainer.hpt.bind_tokenizer(tokenizer)
     trainer.actor_rollout_wg = trainer.ref_policy_wg = Workers(ranks)
     trainer.use_critic, trainer.ref_in_actor, trainer.trainer_mode = False, False, "sync"
     trainer.checkpoint_callback = SimpleNamespace(on_save=lambda **_: None)

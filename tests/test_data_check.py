@@ -193,7 +193,7 @@ def accepted(path, tokenizer, eos) -> bool:
     """Whether training begins with this end token."""
     run = make_run(f"actor_rollout_ref.model.path={path}", *([] if eos is None else [f"++hpt.demo.eos={eos}"]))
     try:
-        run.meet(tokenizer)
+        run.bind_tokenizer(tokenizer)
     except UserError:
         return False
     return True
@@ -230,7 +230,7 @@ def test_a_damaged_generation_config_is_refused_by_check_and_training(tmp_path, 
     tiny("qwen2.5").save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(UserError, match=r"generation_config\.json: cannot be read .*; mend it"):
-        make_run(f"actor_rollout_ref.model.path={tmp_path}").meet(tiny("qwen2.5"))
+        make_run(f"actor_rollout_ref.model.path={tmp_path}").bind_tokenizer(tiny("qwen2.5"))
     assert main(["check", write(tmp_path / "a.parquet", rows(1)), "--tokenizer", str(tmp_path)]) == 2
     assert "generation_config.json: cannot be read" in capsys.readouterr().err
 

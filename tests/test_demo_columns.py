@@ -2,23 +2,20 @@
 
 import json
 from collections import UserList
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from some_columns import EVERY, THREE, check_values
 
-from verl_hpt.demos import columns as demo_columns
-from verl_hpt.demos import encode as demos
-from verl_hpt.demos.columns import Demo, DemoColumns, check_values, packed, row_demos, unpacked
-from verl_hpt.demos.encode import EncodedDemo, Unusable, plain
-from verl_hpt.host.run import Run
+from verl_hpt import config
+from verl_hpt.demos.demonstration import REASONS, ROUNDING, Unusable, of_row, plain, relative
+from verl_hpt.demos.demonstration import Demonstration as Demo
+from verl_hpt.demos.read import packed, unpacked
+from verl_hpt.host.rows import columns_of_tokens
 from verl_hpt.loss import TEACHER, WEIGHTS
-from verl_hpt.normalize import relative
 
-EVERY = DemoColumns(*(f"the_{name}" for name in vars(DemoColumns())))
-THREE = EncodedDemo([5, 6, 7], [1, 0, 1])
 GOOD = {"reward": 1, "other_log_prob": -1.0, "teacher_log_prob": [-1.0, 0, 1e-3]}
 
 
@@ -26,7 +23,7 @@ def complaint(values, columns=EVERY, encoded=THREE, index=0) -> str:
     with pytest.raises(Unusable) as caught:
         check_values(Demo("x", index, values), columns, encoded)
     assert caught.value.reason == "bad_column"
-    assert str(caught.value) == f"{demos.REASONS['bad_column']} ({caught.value.detail})"
+    assert str(caught.value) == f"{REASONS['bad_column']} ({caught.value.detail})"
     return caught.value.detail
 
 
@@ -52,7 +49,7 @@ def test_numbers_of_tokens_are_finite_and_no_bools(name, bad):
 
 def test_log_probs_are_at_most_rounding_above_0():
     told = "must hold log-probabilities, at most 0, got"
-    assert demo_columns.ROUNDING == 1e-3
+    assert ROUNDING == 1e-3
     assert complaint({**GOOD, "log_likelihood": 0.00125}) == f"the_log_likelihood {told} 0.00125"
     assert complaint({**GOOD, "other_log_prob": 1}) == f"the_other_log_prob {told} 1"
     assert complaint({**GOOD, "teacher_log_prob": [0.5, 2, -1.0]}) == f"the_teacher_log_prob {told} 2"
@@ -87,7 +84,7 @@ def test_no_log_prob_at_all_is_too_few():
 def test_required_columns_have_a_value(name):
     values = {key: value for key, value in GOOD.items() if key != name}
     assert complaint(values, index=1) == f"the_{name} has no value for demonstration 2"
-    check_values(Demo("x", 0, {}), DemoColumns(log_likelihood="a", token_weights="b", source="c"), THREE)
+    check_values(Demo("x", 0, {}), dict(log_likelihood="a", token_weights="b", source="c"), THREE)
 
 
 @pytest.mark.parametrize("bad", [3, ["x"], 0.0, True, b"y"], ids=str)
@@ -101,11 +98,15 @@ def test_a_long_value_is_told_in_eighty_characters():
 
 def test_what_is_checked_comes_back_as_arrays_of_tokens():
     found = check_values(Demo("x", 0, {**GOOD, "token_weights": [1, 2.5, 0], "source": "s"}), EVERY, THREE)
-    assert {name: (column.dtype, column.tolist()) for name, column in found.items()} == {
-        "teacher_log_prob": (np.float64, [-1.0, 0.0, 1e-3]),
-        "token_weights": (np.float64, [1.0, 2.5, 0.0]),
+    arrays = {name: found.pop(name) for name in ("teacher_log_prob", "token_weights")}
+    assert {name: (column.dtype, column.tolist()) for name, column in arrays.items()} == {
+        "teacher_log_prob": (np.float64, [-1.0, 0.0, 0.0]),  # rounding above 0 is 0
+        "token_weights": (np.float64, [2.0, 0.0, 0.0]),  # relative, over what the assistant says
     }
-    assert check_values(Demo("x", 0, {"reward": 1.0}), DemoColumns(reward="r")) == {}
+    assert found == {"reward": 1, "other_log_prob": -1.0, "source": "s"}
+    assert check_values(Demo("x", 0, {"reward": 1.0}), dict(reward="r")) == {"reward": 1.0}
+    unknown = check_values(Demo("x", 0, {"token_weights": [1, 2.5, 0]}), dict(token_weights="w"))
+    assert unknown["token_weights"].tolist() == [1.0, 2.5, 0.0], "as they stand where the tokens are not known"
 
 
 @pytest.mark.parametrize("made", [list, tuple, np.array, torch.tensor, pa.scalar, UserList], ids=lambda m: m.__name__)
@@ -116,7 +117,7 @@ def test_numbers_of_tokens_are_read_from_every_kind_of_list(made):
         ({"target": ["a", "b"], "w": [made([1.0, 0.5]), made([2.0])]}, [[1.0, 0.5], [2.0]]),
         ({"target": ["a", "b"], "w": [None, made([2.0])]}, [None, [2.0]]),
     ):
-        found = [demo.values.get("token_weights") for demo in row_demos(row, "target", DemoColumns(token_weights="w"))]
+        found = [demo.values.get("token_weights") for demo in of_row(row, "target", dict(token_weights="w"))]
         assert found == expected and all(type(w) is list and set(map(type, w)) == {float} for w in found if w)
 
 
@@ -133,26 +134,28 @@ def test_numbers_of_tokens_are_read_from_every_kind_of_list(made):
 )
 def test_a_column_has_a_value_for_each_demonstration(cell, name, told):
     with pytest.raises(Unusable) as caught:
-        row_demos({"target": ["a", "b"], "c": cell}, "target", DemoColumns(**{name: "c"}))
+        of_row({"target": ["a", "b"], "c": cell}, "target", dict(**{name: "c"}))
     assert (caught.value.reason, caught.value.detail) == ("bad_column", told)
 
 
 @pytest.mark.parametrize("cell", [None, [], [None], [None, None, None], np.array([None, None], dtype=object)], ids=str)
 @pytest.mark.parametrize("name", ["reward", "token_weights", "source"])
 def test_a_column_that_says_nothing_has_no_entry(cell, name):
-    found = row_demos({"target": ["a", "b"], "c": cell}, "target", DemoColumns(**{name: "c"}))
+    found = of_row({"target": ["a", "b"], "c": cell}, "target", dict(**{name: "c"}))
     assert found == [Demo("a", 0, {}), Demo("b", 1, {})]
-    assert row_demos({"target": ["a", "b"]}, "target", DemoColumns(**{name: "c"})) == found
+    assert of_row({"target": ["a", "b"]}, "target", dict(**{name: "c"})) == found
 
 
 def test_no_columns_and_no_demonstrations():
-    assert row_demos({"target": "a", "reward": 1.0}, "target") == [Demo("a", 0, {})]
-    assert row_demos({"target": None, "c": [1.0, 2.0]}, "target", DemoColumns(reward="c")) == []
-    assert DemoColumns().named() == {} and EVERY.named()["source"] == "the_source" and len(EVERY.named()) == 6
+    assert of_row({"target": "a", "reward": 1.0}, "target") == [Demo("a", 0, {})]
+    assert of_row({"target": None, "c": [1.0, 2.0]}, "target", dict(reward="c")) == []
+    named = config.Demo(**{name: column for name, column in EVERY.items()}).columns()
+    assert config.Demo().columns() == {} and named == EVERY and len(named) == 6
+    assert config.Demo(reward=0.5).columns() == {}, "a number is no column"
 
 
 def test_zero_is_a_value():
-    (demo,) = row_demos({"target": "a", "c": 0}, "target", DemoColumns(reward="c"))
+    (demo,) = of_row({"target": "a", "c": 0}, "target", dict(reward="c"))
     assert demo.values == {"reward": 0}
 
 
@@ -161,15 +164,15 @@ def test_relative_weights_and_their_tensors(made):
     mask = made([1, 0, 1])
     assert relative(made([1.0, 9.0, 3.0]), mask).tolist() == [0.5, 0.0, 1.5]
     assert relative([1e308, 1e308, 1e308], mask).tolist() == [1.0, 0.0, 1.0]
-    run = SimpleNamespace(token_columns=("token_weights", "teacher_log_prob"))
+    names = ("token_weights", "teacher_log_prob")
     rows = [{"token_weights": made([0.5, 1.5])}, None, {"teacher_log_prob": made([-1.0])}]
-    marks = Run.token_marks(run, [2, 3, 1], rows)
-    assert {name: [row.tolist() for row in column.unbind()] for name, column in marks.items()} == {
+    columns = columns_of_tokens(names, [2, 3, 1], rows)
+    assert {name: [row.tolist() for row in column.unbind()] for name, column in columns.items()} == {
         WEIGHTS: [[0.5, 1.5], [1.0] * 3, [1.0]],
         TEACHER: [[0.0, 0.0], [0.0] * 3, [-1.0]],
     }
-    assert {column.dtype for column in marks.values()} == {torch.float32}
-    assert Run.token_marks(run, [], []) == Run.token_marks(SimpleNamespace(token_columns=()), [1], [None]) == {}
+    assert {column.dtype for column in columns.values()} == {torch.float32}
+    assert columns_of_tokens(names, [], []) == columns_of_tokens((), [1], [None]) == {}
 
 
 # --- through verl's batch ---------------------------------------------------------------------------------------------

@@ -4,19 +4,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from made_data import gsm8k
+from some_columns import THREE, check_values
 from tensordict import NonTensorData, NonTensorStack
 from tiny_tokenizers import STYLES, tiny
 
-from verl_hpt.demos.columns import Demo, DemoColumns, check_values, row_demos
-from verl_hpt.demos.encode import (
-    REASONS,
-    SELECTORS,
-    EncodedDemo,
-    Unusable,
-    demonstrations,
-    encode,
-    select,
-)
+from verl_hpt.demos.demonstration import REASONS, Unusable, demonstrations, of_row
+from verl_hpt.demos.demonstration import Demonstration as Demo
+from verl_hpt.demos.encode import encode
+from verl_hpt.demos.select import SELECTORS, select
 
 
 def say(content, **more):
@@ -43,7 +38,7 @@ def test_every_gsm8k_demonstration_round_trips(style):
         prompt_ids = tokenizer.encode(rendered, add_special_tokens=False)
         encoded = encode([say(row["answer"])], tokenizer, eos, prompt_ids=prompt_ids, max_length=1024)
         assert encoded.ids.count(eos) == 1 and encoded.ids[-1] == eos
-        assert encoded.mask == [1] * len(encoded.ids) and encoded.warnings == ()
+        assert encoded.mask == [1] * len(encoded.ids) and not encoded.unclosed_think
         assert tokenizer.decode(encoded.ids[:-1], skip_special_tokens=False) == row["answer"]
         beside = tokenizer.decode(prompt_ids + encoded.ids, skip_special_tokens=False)
         assert beside == rendered + row["answer"] + tokenizer.eos_token
@@ -61,7 +56,8 @@ def test_text_and_messages_and_ready_ended_text_give_the_same_tokens(style):
         text = row["answer"]
         plain = encode(text, tokenizer, eos)
         for same in ([say(text)], text + end, text + end + "\n", text + end + end, [say(text + end + "\n")]):
-            assert encode(same, tokenizer, eos) == plain
+            found = encode(same, tokenizer, eos)
+            assert (found.ids, found.mask, found.text) == (plain.ids, plain.mask, plain.text)
 
 
 def test_another_eos_replaces_the_tokenizers_own():
@@ -156,16 +152,16 @@ def test_reasoning_tag_is_not_opened_twice():
         prompt = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True, **kwargs)
         prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
         encoded = encode(demo, tokenizer, tokenizer.eos_token_id, prompt_ids=prompt_ids)
-        return tokenizer.decode(prompt_ids + encoded.ids, skip_special_tokens=False), encoded.warnings
+        return tokenizer.decode(prompt_ids + encoded.ids, skip_special_tokens=False), encoded.unclosed_think
 
     start = "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
-    assert both(text) == (start + text + "<|im_end|>", ())
-    assert both(text, open_thinking=True) == (start + text + "<|im_end|>", ())
-    assert both(text.removeprefix("<think>\n"), open_thinking=True) == (start + text + "<|im_end|>", ())
+    assert both(text) == (start + text + "<|im_end|>", False)
+    assert both(text, open_thinking=True) == (start + text + "<|im_end|>", False)
+    assert both(text.removeprefix("<think>\n"), open_thinking=True) == (start + text + "<|im_end|>", False)
     assert (
         both([say("It is 4.", reasoning_content="Two and two.")], open_thinking=True)[0] == start + text + "<|im_end|>"
     )
-    assert both("It is 4.", open_thinking=True)[1] == ("think_unclosed",)
+    assert both("It is 4.", open_thinking=True)[1] is True
     assert both("It is 4.", enable_thinking=False)[0].endswith("</think>\n\nIt is 4.<|im_end|>")
 
 
@@ -239,13 +235,13 @@ def test_template_that_rewrites_earlier_turns_is_refused():
 
 def test_columns_beside_the_demonstrations_follow_them():
     row = {"target": ["a", "b"], "r": [0.5, 1.0], "w": [[1.0, 1.0], [2.0, 0.0]], "s": ["x", "y"], "lp": None}
-    found = row_demos(row, "target", DemoColumns(reward="r", token_weights="w", source="s", teacher_log_prob="lp"))
+    found = of_row(row, "target", dict(reward="r", token_weights="w", source="s", teacher_log_prob="lp"))
     assert found == [
         Demo("a", 0, {"reward": 0.5, "token_weights": [1.0, 1.0], "source": "x"}),
         Demo("b", 1, {"reward": 1.0, "token_weights": [2.0, 0.0], "source": "y"}),
     ]
-    assert row_demos({"target": "a", "r": 0.5}, "target", DemoColumns(reward="r"))[0].values == {"reward": 0.5}
-    (one,) = row_demos({"target": "a", "w": [1.0, 2.0]}, "target", DemoColumns(token_weights="w"))
+    assert of_row({"target": "a", "r": 0.5}, "target", dict(reward="r"))[0].values == {"reward": 0.5}
+    (one,) = of_row({"target": "a", "w": [1.0, 2.0]}, "target", dict(token_weights="w"))
     assert one.values == {"token_weights": [1.0, 2.0]}
 
 
@@ -270,24 +266,23 @@ def test_columns_beside_the_demonstrations_follow_them():
 def test_columns_that_do_not_fit_are_refused(row):
     name = next(k for k in row if k != "target")
     with pytest.raises(Unusable) as caught:
-        for demo in row_demos(row, "target", DemoColumns(**{name: name})):
-            check_values(demo, DemoColumns(**{name: name}))
+        for demo in of_row(row, "target", dict(**{name: name})):
+            check_values(demo, dict(**{name: name}))
     assert caught.value.reason == "bad_column"
 
 
 def test_per_token_columns_must_have_a_value_for_each_token_and_eos():
     tokenizer = tiny("qwen2.5")
     encoded = encode(TEXT, tokenizer, tokenizer.eos_token_id)
-    columns = DemoColumns(token_weights="w")
+    columns = dict(token_weights="w")
     check_values(Demo(TEXT, 0, {"token_weights": [1.0] * len(encoded.ids)}), columns, encoded)
-    teacher = DemoColumns(teacher_log_prob="lp")
+    teacher = dict(teacher_log_prob="lp")
     with pytest.raises(Unusable, match="EOS included"):
         check_values(Demo(TEXT, 0, {"teacher_log_prob": [-1.0] * (len(encoded.ids) - 1)}), teacher, encoded)
     with pytest.raises(Unusable, match="has no value for demonstration 1"):
         check_values(Demo(TEXT, 0, {}), teacher, encoded)
-    between = EncodedDemo([5, 6, 7], [1, 0, 1])
     with pytest.raises(Unusable, match="on what the assistant says"):
-        check_values(Demo(TEXT, 0, {"token_weights": [0.0, 1.0, 0.0]}), columns, between)
+        check_values(Demo(TEXT, 0, {"token_weights": [0.0, 1.0, 0.0]}), columns, THREE)
 
 
 DEMOS = ["aaa", "b", "cc", "dddd", "b"]

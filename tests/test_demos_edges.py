@@ -1,6 +1,5 @@
 """Demonstrations and their columns at the edges: each message, each bound, each way through."""
 
-import dataclasses
 from collections import UserList
 
 import numpy as np
@@ -9,14 +8,10 @@ import pytest
 import torch
 from tiny_tokenizers import tiny
 
-from verl_hpt.demos import encode as demos
-from verl_hpt.demos.columns import DemoColumns
-from verl_hpt.demos.encode import EncodedDemo, Unusable, encode, plain
+from verl_hpt.demos import encode as encoding
+from verl_hpt.demos.demonstration import Unusable, message_text, plain, single_text
+from verl_hpt.demos.encode import encode
 from verl_hpt.demos.select import SELECTORS, select, stable_hash
-
-EVERY = DemoColumns(*(f"the_{name}" for name in vars(DemoColumns())))
-THREE = EncodedDemo([5, 6, 7], [1, 0, 1])
-
 
 # --- plain values -----------------------------------------------------------------------------------------------------
 
@@ -108,17 +103,17 @@ def test_what_was_got_is_told():
 
 
 def test_parts_of_text_are_joined_and_a_message_without_a_role_is_the_assistants():
-    assert demos.message_text(say(["a", {"type": "text", "text": "b"}, "c"])) == "abc"
-    assert demos.single_text([{"content": "a"}]) == "a" and demos.single_text("a") == "a"
-    assert demos.message_text(say(None, tool_calls=[{}])) == ""
-    assert demos.single_text([say("a", tool_calls=[{}])]) is None
+    assert message_text(say(["a", {"type": "text", "text": "b"}, "c"])) == "abc"
+    assert single_text([{"content": "a"}]) == "a" and single_text("a") == "a"
+    assert message_text(say(None, tool_calls=[{}])) == ""
+    assert single_text([say("a", tool_calls=[{}])]) is None
 
 
 def test_reasoning_goes_before_the_answer_once():
-    assert demos.message_text(say("a", reasoning_content=" r ")) == "<think>\nr\n</think>\n\na"
+    assert message_text(say("a", reasoning_content=" r ")) == "<think>\nr\n</think>\n\na"
     for unchanged in (say("a", reasoning_content=" "), say("a", reasoning_content=5), say("x</think>a")):
-        assert demos.message_text(unchanged) == unchanged["content"]
-    assert demos.message_text(say("x</think>a", reasoning_content="r")) == "x</think>a"
+        assert message_text(unchanged) == unchanged["content"]
+    assert message_text(say("x</think>a", reasoning_content="r")) == "x</think>a"
 
 
 @pytest.mark.parametrize(
@@ -138,13 +133,13 @@ def test_reasoning_goes_before_the_answer_once():
     ],
 )
 def test_cleaned_texts(text, ends, tail, expected):
-    assert demos.clean_text(text, ends, tail) == expected
+    assert encoding.clean_text(text, ends, tail) == expected
 
 
 @pytest.mark.parametrize(("text", "tail"), [("<think>", ""), ("<think>\n", "\n"), ("<e>", None), (" ", None)])
 def test_nothing_left_is_empty(text, tail):
     with pytest.raises(Unusable) as caught:
-        demos.clean_text(text, ["<e>"], tail)
+        encoding.clean_text(text, ["<e>"], tail)
     assert caught.value.reason == "empty"
 
 
@@ -162,12 +157,12 @@ class Names:
 
 
 def test_what_eos_looks_like():
-    assert demos.eos_texts(Names(), 2) == ["<e>"] and demos.eos_texts(Names(), 1) == ["<b>", "<e>"]
-    assert demos.eos_texts(Names(), 3) == ["<e>"]  # two characters may be an answer's own end
-    assert demos.eos_texts(Names(), 4) == ["<e>"]
+    assert encoding.eos_texts(Names(), 2) == ["<e>"] and encoding.eos_texts(Names(), 1) == ["<b>", "<e>"]
+    assert encoding.eos_texts(Names(), 3) == ["<e>"]  # two characters may be an answer's own end
+    assert encoding.eos_texts(Names(), 4) == ["<e>"]
     none = Names()
     none.eos_token_id = None
-    assert demos.eos_texts(none, 1) == ["<b>"]
+    assert encoding.eos_texts(none, 1) == ["<b>"]
 
 
 @pytest.mark.parametrize(
@@ -187,8 +182,8 @@ def test_what_eos_looks_like():
     ],
 )
 def test_an_open_reasoning_tag_at_the_prompts_end(prompt, tail):
-    assert demos.open_think([ord(letter) for letter in prompt], Names()) == tail
-    assert demos.open_think(np.array([ord(letter) for letter in prompt], dtype=int), Names()) == tail
+    assert encoding.open_think([ord(letter) for letter in prompt], Names()) == tail
+    assert encoding.open_think(np.array([ord(letter) for letter in prompt], dtype=int), Names()) == tail
 
 
 def test_of_a_long_prompt_only_its_end_is_decoded(monkeypatch):
@@ -207,35 +202,41 @@ def test_of_a_long_prompt_only_its_end_is_decoded(monkeypatch):
         ("a ", None, [2]),
     ):
         decoded.clear()
-        assert demos.open_think([ord(letter) for letter in prompt], Names()) == tail and decoded == expected
+        assert encoding.open_think([ord(letter) for letter in prompt], Names()) == tail and decoded == expected
 
 
 def test_without_a_prompt_no_tag_is_open():
-    assert demos.open_think(None, Names()) is None
+    assert encoding.open_think(None, Names()) is None
 
 
 def test_finished_tokens():
-    assert demos.finish([5, 6], 2, 3) == [5, 6, 2] and demos.finish(np.array([5]), 2, None) == [5, 2]
+    assert encoding.finish([5, 6], 2, 3) == [5, 6, 2] and encoding.finish(np.array([5]), 2, None) == [5, 2]
     for ids, limit, why in (
         ([5, 2, 6], None, ("eos_inside", "token 1 of 4")),
         ([5, 6], 2, ("too_long", "3 tokens, limit 2")),
     ):
         with pytest.raises(Unusable) as caught:
-            demos.finish(ids, 2, limit)
+            encoding.finish(ids, 2, limit)
         assert (caught.value.reason, caught.value.detail) == why
 
 
 def test_a_hopelessly_long_text_is_not_tokenised():
-    demos.bound_characters("a" * 2048, 2)
-    demos.bound_characters("a" * 10**5, None)
+    encoding.bound_characters("a" * 2048, 2)
+    encoding.bound_characters("a" * 10**5, None)
     with pytest.raises(Unusable) as caught:
-        demos.bound_characters("a" * 2049, 2)
+        encoding.bound_characters("a" * 2049, 2)
     assert (caught.value.reason, caught.value.detail) == ("too_long", "2049 characters, limit 2 tokens")
 
 
 def test_an_unclosed_reasoning_tag_is_a_warning():
-    assert demos.think_warnings("a", "") == ("think_unclosed",)
-    assert demos.think_warnings("a</think>", "") == demos.think_warnings("a", None) == ()
+    tokenizer = tiny("qwen2.5")
+    opened, closed = (tokenizer.encode(text, add_special_tokens=False) for text in ("Why? <think>", "Why?"))
+    found = {
+        (text, tail): encode(text, tokenizer, tokenizer.eos_token_id, prompt_ids=ids).unclosed_think
+        for text in ("a", "a</think>")
+        for tail, ids in (("open", opened), ("closed", closed))
+    }
+    assert [case for case, unclosed in found.items() if unclosed] == [("a", "open")]
 
 
 # --- several turns ----------------------------------------------------------------------------------------------------
@@ -261,13 +262,17 @@ def test_tool_calls_are_told_of_by_name():
 
 def test_a_tool_call_may_be_bare_and_its_arguments_a_dict():
     tokenizer = tiny("qwen2.5")
-    expected = encode(turns(), tokenizer, tokenizer.eos_token_id)
+
+    def tokens(content):
+        demo = encode(content, tokenizer, tokenizer.eos_token_id)
+        return demo.ids, demo.mask
+
+    expected = tokens(turns())
     for same in ({"name": "add", "arguments": {"a": 1}}, call(arguments={"a": 1})):
-        assert encode(turns(say("Hm.", tool_calls=[same])), tokenizer, tokenizer.eos_token_id) == expected
+        assert tokens(turns(say("Hm.", tool_calls=[same]))) == expected
     no_arguments = {"function": {"name": "add"}}
-    assert encode(turns(say("Hm.", tool_calls=[no_arguments])), tokenizer, tokenizer.eos_token_id) == encode(
-        turns(say("Hm.", tool_calls=[call(arguments={})])), tokenizer, tokenizer.eos_token_id
-    )
+    bare = tokens(turns(say("Hm.", tool_calls=[call(arguments={})])))
+    assert tokens(turns(say("Hm.", tool_calls=[no_arguments]))) == bare
 
 
 def test_turns_are_bounded_and_may_not_be_empty():
@@ -358,13 +363,6 @@ def test_a_choice_of_which_nothing_is_said_is_that_of_seed_and_draw_0_and_an_emp
 def test_a_demonstration_never_seen_comes_before_one_that_was_seen_once(seed):
     for unseen in (None, 0):
         assert select("abc", "unseen_first", 1, seed=seed, seen={0: 1, 1: unseen, 2: 1}) == [1]
-
-
-@pytest.mark.parametrize("value", [DemoColumns(), EncodedDemo([1], [1])])
-def test_what_is_known_of_a_demonstration_cannot_be_changed(value):
-    name = dataclasses.fields(value)[0].name
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        setattr(value, name, None)
 
 
 def test_what_a_choice_lacks_is_told():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from verl_hpt.demos.columns import packed, unpacked
+from verl_hpt.demos.read import packed, unpacked
 from verl_hpt.host.batch import Group
 
 

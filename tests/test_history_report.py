@@ -9,13 +9,16 @@ from test_lifecycle import Trainer
 
 from verl_hpt import cli
 from verl_hpt.errors import UserError
-from verl_hpt.history import prompt_number
-from verl_hpt.history_file import FILE
+from verl_hpt.history import FILE, Draw, identity
 from verl_hpt.tools import history as history_report
 
 
+class Hashed(Trainer):
+    hashed = True
+
+
 def test_the_command_lists_forgotten_questions_with_their_text(tmp_path, capsys):
-    trainer = Trainer()
+    trainer = Hashed()
     for scores in ([1, 0, 0, 0], [0] * 4):
         trainer.step({"what is 2+2?": scores, "other": [0] * 4})
     trainer.lifecycle.save(str(tmp_path))
@@ -24,14 +27,14 @@ def test_the_command_lists_forgotten_questions_with_their_text(tmp_path, capsys)
     arguments = [str(tmp_path), "--which", "forgotten", "--data", str(tmp_path / "train.parquet")]
     assert history_report.main([*arguments, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert (told["questions"], told["graduated"], told["forgotten"], told["hopeless"]) == (2, 0, 1, 1)
+    assert (told["questions"], told["graduated"], told["forgotten"], told["never_solved"]) == (2, 0, 1, 1)
     assert [row["question"] for row in told["forgotten_questions"]] == ["row 1: what is 2+2?"]
     assert history_report.main(arguments) == 0
     assert "solved 0 of 4 at step 2, drawn 2 times, taught 1 (last at step 2)" in capsys.readouterr().out
     with pytest.raises(UserError, match="has no column 'question'; it has data_source, prompt"):
         history_report.main([*arguments, "--prompt-key", "question"])
-    with pytest.raises(UserError, match=r"nothing.npz: no history"):
-        history_report.main([str(tmp_path / "nothing.npz")])
+    with pytest.raises(UserError, match=r"nothing.jsonl: no history"):
+        history_report.main([str(tmp_path / "nothing.jsonl")])
 
 
 def parquet(path, *names, **columns) -> str:
@@ -48,7 +51,7 @@ def parquet(path, *names, **columns) -> str:
 @pytest.fixture
 def run(tmp_path):
     """Five questions, drawn last at steps 1 to 5, every second one taught; two of its files of data."""
-    trainer = Trainer(n=2)
+    trainer = Hashed(n=2)
     trainer.prompt = lambda name: [{"role": "system", "content": "s"}, {"role": "user", "content": name}]
     for i in range(5):
         trainer.step({f"question\n {i} {'x' * 90}": [i % 2, 0]})
@@ -63,10 +66,10 @@ def told(capsys, *arguments) -> dict:
 
 
 def test_counts_alone_without_a_listing(run, capsys):
-    counts = {"questions": 5, "graduated": 0, "forgotten": 0, "hopeless": 3, "tokens_saved": 1234.6}
+    counts = {"questions": 5, "graduated": 0, "forgotten": 0, "never_solved": 3, "tokens_saved": 1234.6}
     assert told(capsys, run) == told(capsys, run / FILE) == counts
     assert cli.main(["history", str(run)]) == 0
-    line = "questions 5 · graduated 0 · forgotten 0 · hopeless 3 · tokens_saved 1,235"
+    line = "questions 5 · graduated 0 · forgotten 0 · never_solved 3 · tokens_saved 1,235"
     assert capsys.readouterr().out.splitlines() == [line]
 
 
@@ -84,9 +87,9 @@ def test_twenty_are_listed_where_nothing_is_said(tmp_path, capsys):
     trainer = Trainer(n=2)
     trainer.step({f"q{i}": [0, 0] for i in range(25)})
     trainer.lifecycle.save(str(tmp_path))
-    listed = told(capsys, tmp_path, "--which", "hopeless")["hopeless_questions"]
-    keys = trainer.lifecycle.history.listing("hopeless")["key"][:20]
-    assert [row["key"] for row in listed] == [f"{key:016x}" for key in keys], "of one step: in the history's order"
+    listed = told(capsys, tmp_path, "--which", "never_solved")["never_solved_questions"]
+    keys = list(trainer.lifecycle.history.listing("never_solved"))[:20]
+    assert [row["key"] for row in listed] == keys, "of one step: in the history's order"
 
 
 def test_a_limit_below_zero_is_refused(run, capsys):
@@ -122,16 +125,37 @@ def test_rows_beyond_the_first_four_thousand_keep_their_number(run, capsys):
 
 
 def test_data_without_a_source_has_the_empty_one_and_another_column_may_hold_the_prompt(tmp_path, capsys):
-    trainer = Trainer(n=2)
-    messages = [{"role": "user", "content": "plain"}]
-    trainer.step({"q": [0, 0]})
-    history = trainer.lifecycle.history
-    history._prompts.keys[0] = prompt_number("", messages)
-    history._prompts = type(history._prompts)(history._prompts.keys.copy())
-    trainer.lifecycle.save(str(tmp_path))
+    lifecycle, messages = Trainer().lifecycle, [{"role": "user", "content": "plain"}]
+    lifecycle.history.observe(1, [Draw(identity({"data_source": None, "raw_prompt": messages}), 0, 2, (0,), False)])
+    lifecycle.save(str(tmp_path))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"asked": messages}]), tmp_path / "data.parquet")
-    listing = ["--which", "hopeless", "--data", tmp_path / "data.parquet", "--prompt-key", "asked"]
-    assert told(capsys, tmp_path, *listing)["hopeless_questions"][0]["question"] == "row 0: plain"
+    listing = ["--which", "never_solved", "--data", tmp_path / "data.parquet", "--prompt-key", "asked"]
+    assert told(capsys, tmp_path, *listing)["never_solved_questions"][0]["question"] == "row 0: plain"
+
+
+def test_questions_that_a_column_names_are_found_by_it(tmp_path, capsys):
+    lifecycle = Trainer({"question_key": "id"}).lifecycle
+    lifecycle.history.observe(1, [Draw(key, 0, 2, (0,), False) for key in ("7", "q ä")])
+    lifecycle.save(str(tmp_path))
+    rows = [{"id": key, "prompt": [{"role": "user", "content": "the same"}]} for key in ("6", "7", "q ä")]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data.parquet")
+    listing = ["--which", "all", "--data", tmp_path / "data.parquet"]
+    assert [(row["key"], row["question"]) for row in told(capsys, tmp_path, *listing)["all_questions"]] == [
+        ("7", "row 1: the same"), ("q ä", "row 2: the same"),
+    ]  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"prompt": rows[0]["prompt"]}]), tmp_path / "data.parquet")
+    assert cli.main(["history", str(tmp_path), *map(str, listing)]) == 2
+    assert "data.parquet: has no column 'id'; it has prompt" in capsys.readouterr().err
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([rows[0], rows[1] | {"id": None}]), tmp_path / "data.parquet")
+    assert cli.main(["history", str(tmp_path), *map(str, listing)]) == 2
+    assert "data.parquet, row 1: its column 'id' (hpt.question_key) names no question" in capsys.readouterr().err
+
+
+def test_data_without_a_listing_is_refused(run, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["history", str(run), "--data", parquet(run / "one.parquet", "q")])
+    assert left.value.code == 2
+    assert "--data names the questions that --which lists; set --which too" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [None, b"no parquet"])

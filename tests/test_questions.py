@@ -8,8 +8,8 @@ import pytest
 
 from verl_hpt.config import Demo
 from verl_hpt.errors import UserError
-from verl_hpt.host.batch import Group, Reader, Scored, group_rows, identity, questions_of, row_sums
-from verl_hpt.lifecycle import Past
+from verl_hpt.history import Past
+from verl_hpt.host.batch import Group, Reader, Scored, group_rows, questions_of, row_sums
 from verl_hpt.methods import METHODS
 from verl_hpt.plan import PlanSettings
 
@@ -60,11 +60,6 @@ def test_several_outputs_of_a_session_are_refused():
         group_rows(["a_0_0", "a_0_1"], [False, False])
 
 
-def test_identity_is_the_same_for_the_same_source_and_prompt_alone():
-    assert identity("s", [1, 2]) == identity("s", np.array([1, 2])) != identity("t", [1, 2])
-    assert identity("s", [1, 2]) != identity("s", [2, 1])
-
-
 def test_row_sums_of_a_jagged_tensor_with_an_empty_row():
     assert row_sums(np.array([1.0, 2, 3]), np.array([0, 2, 2, 3])).tolist() == [3, 0, 3]
     assert row_sums(np.array([2.0]), np.array([0, 0, 1, 1])).tolist() == [0, 2, 0]
@@ -88,7 +83,7 @@ def test_the_tokens_of_a_row_are_summed_in_float64():
 def test_a_usable_demonstration_ends_with_exactly_one_end_token():
     for text in ("ab", "ab<end>", [{"role": "assistant", "content": "ab"}]):
         _, read, counts = ask([group(text)], [0, 0])
-        assert read[0][0][0].ids == [97, 98, 0] and not counts
+        assert read[0][0].ids == [97, 98, 0] and not counts
 
 
 @pytest.mark.parametrize(
@@ -99,7 +94,7 @@ def test_an_unusable_demonstration_is_counted_and_warned_of_once(target, reason,
     chosen = reader()
     counts = Counter()
     with caplog.at_level(logging.WARNING):
-        assert chosen.candidates(group(target), counts) == [] == chosen.candidates(group(target), counts)
+        assert chosen.usable(group(target), counts) == [] == chosen.usable(group(target), counts)
     assert counts["unusable"] == 2 and counts[f"unusable/{reason}"] == 2
     assert len(caplog.records) == 1 and "question key" in caplog.text and "index 7" in caplog.text
 
@@ -122,7 +117,7 @@ def test_a_reward_that_is_not_finite_stops_with_the_questions_identity(bad):
 
 def test_a_demonstrations_reward_comes_from_its_column():
     _, read, _ = ask([group(["ab", "cd"], score=[0.5, 1.0])], [0, 0], reward="score", per_question=2)
-    assert [columns["reward"] for _, columns in read[0]] == [0.5, 1.0]
+    assert [demo.values["reward"] for demo in read[0]] == [0.5, 1.0]
     _, read, counts = ask([group("ab", score=None)], [0, 0], reward="score")
     assert read == [[]] and counts["unusable/bad_column"] == 1
 
@@ -134,7 +129,7 @@ def draws(target, count, **settings) -> list[list[int]]:
     _, read, counts, _ = questions_of(
         groups, scored([0.0] * 2 * count), reader(**settings), PlanSettings(METHODS["hpt"], "question", 8.0), 1, past
     )
-    return [[values["place"] for _, values in shown] for shown in read], counts
+    return [[demo.index for demo in shown] for shown in read], counts
 
 
 @pytest.mark.parametrize("select", ["random", "round_robin", "unseen_first"])
@@ -165,6 +160,6 @@ def test_what_two_draws_of_a_question_are_shown_does_not_depend_on_their_order()
         questions, read, *_ = questions_of(
             groups, scored(scores), reader(select="random"), PlanSettings(METHODS["hpt"], "question", 8.0), 1
         )
-        return {q.rewards[0]: values["place"] for q, ((_, values),) in zip(questions, read, strict=True)}
+        return {q.rewards[0]: demo.index for q, (demo,) in zip(questions, read, strict=True)}
 
     assert by_rewards(True) == by_rewards(False)

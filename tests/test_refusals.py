@@ -13,7 +13,7 @@ from verl_config import compose
 from verl_hpt.demos.encode import stop_ids
 from verl_hpt.errors import UserError
 from verl_hpt.host.batch import Group
-from verl_hpt.host.run import Run, question_name
+from verl_hpt.host.run import Run
 
 ACTOR = "actor_rollout_ref.actor"
 
@@ -285,13 +285,18 @@ def test_a_dataset_of_the_users_own_is_not_looked_into():
 
 @pytest.mark.parametrize("nothing", [None, "", float("nan"), np.float64("nan")])
 def test_no_question_is_ever_called_none(nothing):
-    group = Group("u", [0], source="math", columns={"id": nothing, "extra_info": {"index": 7}})
+    run, group = start("++hpt.question_key=id"), Group("u", [0])
+    cells = {"data_source": "math", "extra_info": {"index": 7}}
     with pytest.raises(UserError, match=r"data source 'math', index 7\): its column 'id' \(hpt\.question_key\) names"):
-        question_name(group, "id")
-    with pytest.raises(UserError, match=r"question None .* its column 'other'"):
-        question_name(group, "other")
-    assert [question_name(Group("u", [0], columns={"id": name}), "id") for name in ("q", 0, np.int64(3))] == [
-        "q", "0", "3"]  # fmt: skip
+        run.read_question(group, cells | {"id": nothing})
+    with pytest.raises(UserError, match=r"question None .* its column 'id'"):
+        run.read_question(group, cells)
+    for name, key in (("q", "q"), (0, "0"), (np.int64(3), "3")):
+        run.read_question(group, {"id": name})
+        assert group.key == key
+
+
+PROMPTS = {"raw_prompt": [[{"role": "user", "content": text}] for text in ("one", "two")]}
 
 
 def batch_of(monkeypatch, columns: dict, *overrides: str):
@@ -300,8 +305,10 @@ def batch_of(monkeypatch, columns: dict, *overrides: str):
 
     prompts = torch.nested.as_nested_tensor([torch.tensor([1, 2]), torch.tensor([3])], layout=torch.jagged)
     fields = {"prompts": prompts, **columns}
-    monkeypatch.setattr(trainer, "kv_batch_meta2batch_meta", lambda meta: SimpleNamespace(field_names=list(fields)))
-    monkeypatch.setattr(trainer.tq, "kv_batch_get", lambda *args, **_: fields)
+    monkeypatch.setattr(
+        trainer.queue, "kv_batch_meta2batch_meta", lambda meta: SimpleNamespace(field_names=list(fields))
+    )
+    monkeypatch.setattr(trainer.queue.tq, "kv_batch_get", lambda *args, **_: fields)
     ours = object.__new__(trainer.hybrid(object))
     ours.hpt = start(*overrides)
     groups = [Group("a", [0]), Group("b", [1])]
@@ -314,13 +321,13 @@ def test_the_trainer_names_questions_by_the_column_and_stops_at_one_without_a_na
     assert [group.key for group in named] == ["x", "5"]
     with pytest.raises(UserError, match=r"question None .*'id' \(hpt\.question_key\) names no question"):
         batch_of(monkeypatch, {"id": ["x", None]}, "++hpt.question_key=id")
-    hashed = [group.key for group in batch_of(monkeypatch, {"data_source": ["math", "math"]})]
+    hashed = [group.key for group in batch_of(monkeypatch, {"data_source": ["math", "math"], **PROMPTS})]
     assert len(set(hashed)) == 2 and all(len(key) == 16 for key in hashed)
 
 
 def test_the_trainer_refuses_prompts_with_images(monkeypatch):
     with pytest.raises(UserError, match="multi-modal prompts are not supported yet"):
-        batch_of(monkeypatch, {"multi_modal_inputs": [{}, {"pixel_values": [1]}]})
+        batch_of(monkeypatch, {"multi_modal_inputs": [{}, {"pixel_values": [1]}], **PROMPTS})
 
 
 # --- the tokenizer ---------------------------------------------------------------------------------------------------
@@ -343,7 +350,7 @@ def test_where_a_model_stops_is_what_its_generation_config_says(tmp_path):
 def test_demonstrations_end_where_generation_stops(tmp_path, overrides, eos):
     path = f"actor_rollout_ref.model.path={model_that_stops_at(tmp_path / 'model', [5, 6])}"
     run = start(path, *overrides, "data.max_response_length=9", "++hpt.seed=4")
-    run.meet(ends_with(2))
+    run.bind_tokenizer(ends_with(2))
     reader = run.reader
     assert (run.eos, reader.eos, reader.max_length, reader.seed, reader.template_kwargs) == (eos, eos, 9, 4, {})
 
@@ -351,17 +358,17 @@ def test_demonstrations_end_where_generation_stops(tmp_path, overrides, eos):
 def test_an_end_token_at_which_generation_does_not_stop_is_refused(tmp_path):
     path = f"actor_rollout_ref.model.path={model_that_stops_at(tmp_path / 'model', [5, 6])}"
     with pytest.raises(UserError, match=r"token 3 \(hpt\.demo\.eos\), but generation stops at \[2, 5, 6\]"):
-        start(path, "++hpt.demo.eos=3").meet(ends_with(2))
-    start(path, "++hpt.demo.eos=3", "++hpt.method=grpo").meet(ends_with(2))
+        start(path, "++hpt.demo.eos=3").bind_tokenizer(ends_with(2))
+    start(path, "++hpt.demo.eos=3", "++hpt.method=grpo").bind_tokenizer(ends_with(2))
     with pytest.raises(UserError, match=r"the tokenizer has no EOS token; set hpt\.demo\.eos"):
-        start(path).meet(ends_with(None))
-    start(path, "++hpt.demo.eos=6").meet(ends_with(None))
+        start(path).bind_tokenizer(ends_with(None))
+    start(path, "++hpt.demo.eos=6").bind_tokenizer(ends_with(None))
 
 
 def test_the_reader_renders_with_the_runs_own_template_arguments(tmp_path):
     path = f"actor_rollout_ref.model.path={model_that_stops_at(tmp_path / 'model', 2)}"
     run = start(path, "++data.apply_chat_template_kwargs={enable_thinking: false}")
-    run.meet(ends_with(2))
+    run.bind_tokenizer(ends_with(2))
     assert run.reader.template_kwargs == {"enable_thinking": False}
 
 

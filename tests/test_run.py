@@ -12,6 +12,7 @@ from verl_hpt.cpu.quickstart import byte_tokenizer
 from verl_hpt.demos.encode import stop_ids
 from verl_hpt.errors import UserError
 from verl_hpt.gate import GateSettings
+from verl_hpt.host.rows import columns_of_tokens, row_columns
 from verl_hpt.loss import ROW_COLUMNS, ROW_FIELD, TEACHER, WEIGHTS
 from verl_hpt.plan import DEMO, PADDING, ROLLOUT, PlanSettings, Question, plan
 
@@ -139,10 +140,14 @@ def test_a_critic_asks_for_its_advantages():
 
 def test_columns_of_tokens_are_asked_for_where_a_setting_or_the_method_names_them():
     run = make_run("++hpt.demo.token_weights=w")
-    assert run.token_columns == ("token_weights",) and run.marked == (ROW_FIELD, WEIGHTS)
+    assert run.token_columns == ("token_weights",) and run.own_fields == (ROW_FIELD, WEIGHTS)
     assert run.loss_spec().fields == ("response_mask", "old_log_probs", ROW_FIELD, WEIGHTS)
     run = make_run("++hpt.demo.token_weights=w", TEACHER_METHOD, TEACHER_COLUMN)
-    assert run.token_columns == ("token_weights", "teacher_log_prob") and run.marked == (ROW_FIELD, WEIGHTS, TEACHER)
+    assert run.token_columns == ("token_weights", "teacher_log_prob") and run.own_fields == (
+        ROW_FIELD,
+        WEIGHTS,
+        TEACHER,
+    )
     assert run.loss_spec().fields[-2:] == (WEIGHTS, TEACHER)
     assert make_run("++hpt.method=grpo", "++hpt.demo.token_weights=w").token_columns == ()
 
@@ -220,7 +225,7 @@ def test_a_pass_over_demonstrations_is_made_where_something_reads_it(settings, c
 def test_every_column_of_a_row_by_value_and_padding_counts_as_a_demonstration_of_nothing():
     made = small_plan()
     assert list(made.kind) == [DEMO, ROLLOUT, ROLLOUT] and sorted(made.layout) == [PADDING, 0, 1, 2]
-    marks = make_run().marks(made, np.array([2, PADDING, 0, 1]), np.array([-1.5, 0.0, 0.0]))
+    marks = row_columns(made, np.array([2, PADDING, 0, 1]), np.array([-1.5, 0.0, 0.0]))
     assert list(marks) == [ROW_FIELD] and marks[ROW_FIELD].dtype == torch.float32 and marks[ROW_FIELD].is_nested
     rows = [dict(zip(ROW_COLUMNS, row.tolist(), strict=False)) for row in marks[ROW_FIELD].unbind()]
     named = ("is_demo", "w_rl", "w_demo", "w_entropy", "advantage", "reward", "correct", "other_log_prob")
@@ -233,13 +238,13 @@ def test_every_column_of_a_row_by_value_and_padding_counts_as_a_demonstration_of
     ]
     for row, values in zip(rows, expected, strict=True):
         assert [row[name] for name in named] == pytest.approx(values, abs=1e-7)
-    assert made.layout.dtype.kind == "i" and make_run().marks(made, np.array([], dtype=int), np.zeros(3)) == {}
+    assert made.layout.dtype.kind == "i" and row_columns(made, np.array([], dtype=int), np.zeros(3)) == {}
 
 
 def test_each_row_brings_its_temperature_where_the_rollouts_were_sampled_at_another_than_one():
     made, run = small_plan(), make_run(f"{ROLL}.temperature=0.6")
-    assert run.row_temperature and run.marked == (ROW_FIELD, "temperature")
-    column = run.marks(made, np.array([2, PADDING, 0, 1]), np.zeros(3))["temperature"]
+    assert run.row_temperature == 0.6 and run.own_fields == (ROW_FIELD, "temperature")
+    column = row_columns(made, np.array([2, PADDING, 0, 1]), np.zeros(3), run.row_temperature)["temperature"]
     assert column.dtype == torch.float32 and column.tolist() == pytest.approx([0.6, 1.0, 1.0, 0.6])
 
 
@@ -254,8 +259,8 @@ def test_each_row_brings_its_temperature_where_the_rollouts_were_sampled_at_anot
 )
 def test_no_row_brings_a_temperature_where_all_have_the_same_or_the_engine_takes_one(settings):
     run = make_run(*settings)
-    assert not run.row_temperature and run.marked == (ROW_FIELD,)
-    assert list(run.marks(small_plan(), np.array([0, 1]), np.zeros(3))) == [ROW_FIELD]
+    assert run.row_temperature is None and run.own_fields == (ROW_FIELD,)
+    assert list(row_columns(small_plan(), np.array([0, 1]), np.zeros(3), run.row_temperature)) == [ROW_FIELD]
 
 
 def test_fused_kernels_at_another_temperature_are_told_of(capsys):
@@ -266,12 +271,14 @@ def test_fused_kernels_at_another_temperature_are_told_of(capsys):
 def test_numbers_of_tokens_by_value():
     run = make_run("++hpt.demo.token_weights=w", TEACHER_METHOD, TEACHER_COLUMN)
     told = {"token_weights": np.array([0.5, 1.5]), "teacher_log_prob": [-1.0, -2.0]}
-    marks = run.token_marks([3, 2, 1], [None, told, {"teacher_log_prob": [-4.0]}])
+    marks = columns_of_tokens(run.token_columns, [3, 2, 1], [None, told, {"teacher_log_prob": [-4.0]}])
     assert list(marks) == [WEIGHTS, TEACHER]
     assert all(column.dtype == torch.float32 and column.layout == torch.jagged for column in marks.values())
     assert [row.tolist() for row in marks[WEIGHTS].unbind()] == [[1, 1, 1], [0.5, 1.5], [1]]
     assert [row.tolist() for row in marks[TEACHER].unbind()] == [[0, 0, 0], [-1, -2], [-4]]
-    assert run.token_marks([], []) == {} and make_run().token_marks([3], [None]) == {}
+    assert (
+        columns_of_tokens(run.token_columns, [], []) == columns_of_tokens(make_run().token_columns, [3], [None]) == {}
+    )
 
 
 # --- what is read of a question ---------------------------------------------------------------------------------------
@@ -280,7 +287,14 @@ def test_numbers_of_tokens_by_value():
 def test_the_columns_that_the_settings_name_are_read_once_a_question():
     named = [f"++hpt.demo.{name}={name[:3]}" for name in ("key", "reward", "token_weights", "source")]
     fields = make_run(*named, "++hpt.question_key=id").question_fields()
-    assert set(fields) >= {"prompts", "data_source", "extra_info", "raw_prompt", "multi_modal_inputs", "hpt_spared"}
+    assert set(fields) >= {
+        "prompts",
+        "data_source",
+        "extra_info",
+        "raw_prompt",
+        "multi_modal_inputs",
+        "hpt_skipped_rollouts",
+    }
     assert {"key", "rew", "tok", "sou", "id"} <= set(fields) and len(set(fields)) == len(fields)
     fields = make_run("++hpt.method=grpo", "++hpt.demo.key=key").question_fields()
     assert "key" not in fields, "no demonstration is read"
@@ -319,7 +333,7 @@ def test_stop_ids_are_those_of_the_models_generation_config(tmp_path, eos, stops
 
 def met(folder, *settings):
     run = make_run(f"actor_rollout_ref.model.path={folder}", *settings)
-    run.meet(byte_tokenizer())
+    run.bind_tokenizer(byte_tokenizer())
     return run
 
 
@@ -344,9 +358,9 @@ def test_a_tokenizer_without_eos_needs_the_setting(tmp_path):
     tokenizer.eos_token = None
     run = make_run(f"actor_rollout_ref.model.path={model_folder(tmp_path, 77)}")
     with pytest.raises(UserError, match=r"no EOS token; set hpt\.demo\.eos"):
-        run.meet(tokenizer)
+        run.bind_tokenizer(tokenizer)
     run = make_run(f"actor_rollout_ref.model.path={tmp_path}", "++hpt.demo.eos=77")
-    run.meet(tokenizer)
+    run.bind_tokenizer(tokenizer)
     assert run.eos == 77
 
 

@@ -11,17 +11,17 @@ from test_questions import Letters, group, scored
 from verl_config import compose
 
 from verl_hpt import config
-from verl_hpt.demos.columns import packed, unpacked
-from verl_hpt.demos.encode import plain
+from verl_hpt.demos.demonstration import plain, relative
+from verl_hpt.demos.read import packed, unpacked
 from verl_hpt.errors import UserError
 from verl_hpt.gate import GateSettings
 from verl_hpt.host import refusals
 from verl_hpt.host.batch import Reader, questions_of
 from verl_hpt.host.loss_fn import hpt_loss
+from verl_hpt.host.rows import columns_of_tokens
 from verl_hpt.host.run import Run
 from verl_hpt.loss import ROW_FIELD, TEACHER, WEIGHTS, LossSpec
 from verl_hpt.methods import METHODS
-from verl_hpt.normalize import relative
 from verl_hpt.plan import DEMO, PADDING, PlanSettings, plan
 from verl_hpt.tools.explain import explain
 
@@ -64,9 +64,8 @@ class Step:
     def gradients(self, columns=None, told=None) -> tuple[float, list[np.ndarray]]:
         """Loss, and its gradient on the log-probs of each row's answer."""
         told = self.told if told is None else told
-        run = SimpleNamespace(token_columns=told)
         lengths = [len(row.answer) for row in self.rows]
-        marks = Run.token_marks(run, lengths, self.columns if columns is None else columns)
+        marks = columns_of_tokens(told, lengths, self.columns if columns is None else columns)
         batch = self.batch.clone()
         for name, column in marks.items():
             batch[name] = column
@@ -182,7 +181,7 @@ def ask(groups, likelihoods=None, **demo):
 def test_columns_come_with_the_demonstration_and_weights_are_relative():
     asked = [group(["ab", "c"], w=[[1.0, 3.0, 0.0], None], t=[[-1.0, -2.0, -3.0], [-1.0, -1.0]], s=["x", "y"])]
     _, read, counts = ask(asked, per_question=2, token_weights="w", teacher_log_prob="t", source="s")
-    first, second = (values for _, values in read[0])
+    first, second = (demo.values for demo in read[0])
     assert first["token_weights"].tolist() == [0.75, 2.25, 0.0] and "token_weights" not in second
     assert first["teacher_log_prob"].tolist() == [-1.0, -2.0, -3.0] and (first["source"], second["source"]) == (
         "x",
@@ -201,7 +200,7 @@ def test_a_row_without_demonstrations_or_values_says_so_and_nothing_of_columns()
 def test_rounding_and_huge_weights_do_no_harm():
     given = {"w": [1e308, 1e308, 1e308], "t": [-1.0, 1e-7, -0.5]}
     _, read, _ = ask([group("ab", **given)], token_weights="w", teacher_log_prob="t")
-    values = read[0][0][1]
+    values = read[0][0].values
     assert values["token_weights"].tolist() == [1, 1, 1] and values["teacher_log_prob"].tolist() == [-1.0, 0.0, -0.5]
 
 
@@ -250,13 +249,13 @@ def test_a_model_is_asked_once_and_only_about_questions_with_a_choice():
     asked = []
 
     def likelihoods(pairs):
-        asked.append([(g.key, values["place"]) for g, (_, values) in pairs])
+        asked.append([(g.key, demo.index) for g, demo in pairs])
         return [-3.0, -1.0, -2.0]
 
     choice, single = group(["a", "b", "c"]), group("d")
     _, read, _ = ask([choice, single], likelihoods, select="likelihood", likelihood_of="policy")
     assert asked == [[("key", 0), ("key", 1), ("key", 2)]]
-    assert [values["place"] for _, values in read[0]] == [1] and len(read[1]) == 1
+    assert [demo.index for demo in read[0]] == [1] and len(read[1]) == 1
     ask([single], likelihoods, select="likelihood", likelihood_of="policy")
     assert len(asked) == 1
 

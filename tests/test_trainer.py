@@ -17,7 +17,7 @@ from batches import (
 )
 
 from verl_hpt.cpu.quickstart import byte_tokenizer
-from verl_hpt.demos.columns import packed
+from verl_hpt.demos.read import packed
 from verl_hpt.loss import ROW_FIELD, TEACHER, WEIGHTS
 from verl_hpt.plan import PADDING
 
@@ -212,7 +212,7 @@ def test_demonstrations_of_uneven_turns_come_back_as_they_were():
     trainer = make_trainer("++hpt.demo.select=shortest", "data.max_response_length=200")
     text, mask = said(trainer, Rollouts().add("u", [0, 0], target=row["target"]))
     assert text == "calmly done<|im_end|>" and mask == [1] * 12
-    assert trainer.plans[0].demos[0][0][1]["place"] == 1
+    assert trainer.plans[0].demos[0][0].index == 1
 
 
 def test_a_reasoning_tag_that_the_prompt_opens_is_not_said_twice():

@@ -22,6 +22,8 @@ from batches import (
 from tensordict import TensorDict
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
+from verl_hpt.host import queue
+
 ACTOR, ROLL, REF = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.ref"
 LIKELIHOOD = ["++hpt.demo.select=likelihood", "++hpt.demo.likelihood_of=policy"]
 
@@ -87,9 +89,8 @@ def test_a_pass_that_fails_clears_its_filling_rows():
 
 def test_filling_rows_are_copies_of_one_row():
     Rollouts().add("a", [1, 0], answers=["first", "2nd"], number=torch.tensor(3.5))
-    trainer = make_trainer()
-    assert trainer._filling_rows(0, "a_0_0", PARTITION) == []
-    keys = trainer._filling_rows(3, "a_0_0", PARTITION)
+    assert queue.copies("a_0_0", 0, PARTITION) == []
+    keys = queue.copies("a_0_0", 3, PARTITION)
     assert len(set(keys)) == 3 and set(keys) <= keys_there()
     fields = ["prompts", "responses", "input_ids", "position_ids", "response_mask", "old_log_probs", "number"]
     copies = tq.kv_batch_get(keys, PARTITION, select_fields=fields)
@@ -124,7 +125,7 @@ def test_likelihoods_are_means_over_what_the_assistant_says():
     trainer = make_trainer(*LIKELIHOOD)
     group = SimpleNamespace(prompt=np.array([1, 2, 3]))
     encoded = [SimpleNamespace(ids=[8, 11, 13], mask=[1, 0, 1]), SimpleNamespace(ids=[9], mask=[1])]
-    found = trainer._likelihoods(rollouts.batch(), [(group, (demo, {})) for demo in encoded])
+    found = trainer._likelihoods(rollouts.batch(), [(group, demo) for demo in encoded])
     assert found == [-(0.125 + 0.75) / 2, -0.25]
     assert keys_there() == set(rollouts.keys)
 
@@ -133,7 +134,7 @@ def test_likelihoods_are_those_at_a_temperature_of_one():
     rollouts = three_questions()
     trainer = make_trainer(*LIKELIHOOD, f"{ROLL}.temperature=0.7")
     group, demo = SimpleNamespace(prompt=np.array([1])), SimpleNamespace(ids=[9], mask=[1])
-    assert trainer._likelihoods(rollouts.batch(), [(group, (demo, {}))]) == [-0.25]
+    assert trainer._likelihoods(rollouts.batch(), [(group, demo)]) == [-0.25]
     ((meta, passed),) = trainer.actor_rollout_wg.passes
     assert "temperature" not in meta.extra_info and [rank["temperature"].tolist() for rank in passed] == [[1.0]]
 

@@ -1,5 +1,6 @@
 """The hybrid trainer around its steps: questions that are drawn, checkpoints, construction."""
 
+import logging
 import os
 import shutil
 from functools import partial
@@ -18,12 +19,13 @@ from batches import (
     step,
 )
 from tiny_run import changed
+from tiny_tokenizers import tiny
 
 from verl_hpt.errors import UserError
-from verl_hpt.history_file import FILE
+from verl_hpt.history import FILE, identity
+from verl_hpt.host.batch import SKIPPED
 from verl_hpt.host.loss_fn import hpt_loss
 from verl_hpt.host.trainer import ROLLOUTS, hybrid
-from verl_hpt.lifecycle import SPARED
 
 ACTOR, ROLL, REF = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.ref"
 
@@ -47,24 +49,24 @@ def drawn(trainer, names, **columns):
     return trainer._next_train_batch()
 
 
-def test_the_early_gate_tells_verl_how_many_rollouts_and_itself_how_many_it_spared():
+def test_the_early_gate_tells_verl_how_many_rollouts_and_itself_how_many_it_skipped():
     trainer = make_trainer("++hpt.history.early_gate={after_failures: 1, rollouts: 1}", f"{ROLL}.n=5")
     step(trainer, Rollouts().add("hard", [0, 0], target="ab").add("half", [1, 0]).batch())
     batch = drawn(trainer, ["half", "hard", "new"])
     assert [batch[i][ROLLOUTS] for i in range(3)] == [5, 1, 5]
-    assert [batch[i][SPARED] for i in range(3)] == [0, 4, 0]
+    assert [batch[i][SKIPPED] for i in range(3)] == [0, 4, 0]
     own = drawn(trainer, ["half", "hard"], **{ROLLOUTS: np.array([2, 3], dtype=object)})
-    assert [own[i][ROLLOUTS] for i in range(2)] == [2, 1] and [own[i][SPARED] for i in range(2)] == [0, 2]
+    assert [own[i][ROLLOUTS] for i in range(2)] == [2, 1] and [own[i][SKIPPED] for i in range(2)] == [0, 2]
 
 
 def test_without_an_early_gate_verls_questions_are_left_alone():
     batch = drawn(make_trainer(), ["a", "b"])
-    assert ROLLOUTS not in batch and SPARED not in batch and len(batch) == 2
+    assert ROLLOUTS not in batch and SKIPPED not in batch and len(batch) == 2
 
 
-def test_spared_rollouts_are_read_back_and_counted():
+def test_skipped_rollouts_are_read_back_and_counted():
     trainer = make_trainer("++hpt.history.early_gate={after_failures: 1, rollouts: 1}", f"{ROLL}.n=5")
-    rollouts = Rollouts().add("hard", [0], target="ab", answers=["xyz"], **{SPARED: 4})
+    rollouts = Rollouts().add("hard", [0], target="ab", answers=["xyz"], **{SKIPPED: 4})
     _, _, metrics = step(trainer, rollouts.batch())
     assert metrics["hpt/history/early_gated"] == 1 and metrics["hpt/history/tokens_saved"] == 16
 
@@ -73,6 +75,49 @@ def test_a_question_key_names_the_question():
     trainer = make_trainer("++hpt.question_key=id")
     step(trainer, Rollouts().add("u", [0, 0], target="ab", id="my question").batch())
     assert [group.key for group in trainer.plans[0].groups] == ["my question"]
+
+
+def test_the_early_gate_finds_questions_by_the_column_that_names_them():
+    """Two questions of one prompt, and one whose prompt was mended: before, the early gate went by the prompt."""
+    trainer = make_trainer("++hpt.question_key=id", "++hpt.history.early_gate={after_failures: 1}", f"{ROLL}.n=5")
+    rollouts = Rollouts().add("a", [0, 0], prompt="same:", id=1).add("b", [1, 0], prompt="same:", id=2)
+    step(trainer, rollouts.add("c", [0, 0], prompt="before:", id=3).batch())
+    assert sorted(trainer.hpt.lifecycle.history.records) == ["1", "2", "3"]
+    batch = drawn(trainer, ["same", "same", "after", "new"], id=np.array([1, 2, 3, 4], dtype=object))
+    assert [batch[i][SKIPPED] for i in range(4)] == [4, 0, 4, 0]
+
+
+@pytest.mark.parametrize(("key", "columns"), [("id", {"id": None}), ("raw_prompt", {"raw_prompt": None})])
+def test_a_row_that_names_no_question_stops_before_sampling_and_after_it(key, columns):
+    """verl 0.9 writes ``raw_prompt`` into every row; one that lacks it is no row of verl's."""
+    overrides = ["++hpt.question_key=id"] if key == "id" else []
+    message = rf"question None \(data source 'src', index None\): its column '{key}'.* names no question"
+    with pytest.raises(UserError, match=message):
+        drawn(make_trainer(*overrides), ["a"], **{key: np.array([None], dtype=object)})
+    with pytest.raises(UserError, match=message.replace("None", "0").replace("question 0", "question None")):
+        step(make_trainer(*overrides), Rollouts().add("u", [0, 0], **columns).batch())
+
+
+def same_messages(uid, prompt, scores) -> Rollouts:
+    """Rollouts of one question, its prompt rendered to other tokens than at other draws."""
+    return Rollouts().add(uid, scores, target="ab", prompt=prompt, raw_prompt=[{"role": "user", "content": "q:"}])
+
+
+def test_a_template_that_writes_the_date_leaves_a_question_itself():
+    trainer = make_trainer("++hpt.history.early_gate={after_failures: 2}", f"{ROLL}.n=5")
+    for day in (1, 2):
+        step(trainer, same_messages(f"u{day}", f"Today is the {day}. q:", [0, 0]).batch())
+    (record,) = trainer.hpt.lifecycle.history.records.values()
+    assert (record.drawn, record.failures, record.uses) == (2, 2, 2)
+    assert [drawn(trainer, ["q"])[0][name] for name in (ROLLOUTS, SKIPPED)] == [1, 4]
+
+
+def test_a_question_is_itself_before_sampling_after_it_and_in_the_dataset():
+    trainer = make_trainer("++hpt.history.early_gate={after_failures: 1}", f"{ROLL}.n=5")
+    step(trainer, same_messages("u", "tokens", [0, 0]).batch())
+    row = {"data_source": "src", "prompt": [{"role": "user", "content": "q:", "name": None}]}
+    assert list(trainer.hpt.lifecycle.history.records) == [identity(row, prompt_key="prompt")]
+    assert drawn(trainer, ["q"])[0][SKIPPED] == 4
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -122,6 +167,25 @@ def test_resuming_reads_the_history_of_the_checkpoint_that_verl_reads(tmp_path):
     chosen = resumable(tmp_path, "trainer.resume_mode=resume_path", path)
     chosen._load_checkpoint()
     assert chosen.global_steps == 1 and chosen.hpt.lifecycle.history.totals()["questions"] == 1
+
+
+def test_a_run_resumed_with_another_tokenizer_and_template_finds_its_questions(tmp_path, caplog):
+    gate = ("++hpt.history={early_gate: {after_failures: 1}, cooldown: 3}", f"{ROLL}.n=5")
+    trainer = resumable(tmp_path, *gate)
+    step(trainer, same_messages("u", "one template's tokens", [0, 0]).batch())
+    trainer.global_steps = 1
+    trainer._save_checkpoint()
+
+    other = resumable(tmp_path, *gate, "++data.apply_chat_template_kwargs={enable_thinking: false}")
+    other.hpt.bind_tokenizer(tiny("qwen3"))
+    with caplog.at_level(logging.WARNING):
+        other._load_checkpoint()
+    assert not [record for record in caplog.records if record.name.startswith("verl_hpt")], "resumed without a word"
+    assert drawn(other, ["q", "new"])[0][SKIPPED] == 4
+    step(other, same_messages("v", "another template's tokens", [0]).batch())
+    (record,) = other.hpt.lifecycle.history.records.values()
+    assert (record.drawn, record.failures) == (2, 2)
+    assert other.plans[0].counts["history/cooling"] == 1
 
 
 @pytest.mark.parametrize("mode", ["auto", "disable"])

@@ -16,6 +16,7 @@ from tiny_run import changed
 from transfer_queue import KVBatchMeta
 
 from verl_hpt.errors import UserError
+from verl_hpt.host import queue
 from verl_hpt.host.trainer import RowTemperature, settings_for_now
 
 ACTOR, ROLL, REF = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.ref"
@@ -143,12 +144,12 @@ def test_row_temperature_takes_everything_but_a_temperature():
 
 
 @pytest.mark.parametrize("scores", [[0, 0], [1, 0]], ids=["demonstrations alone", "beside rollouts"])
-def test_a_field_in_another_dtype_than_the_rollouts_is_named(scores):
+def test_a_field_in_another_dtype_than_the_rollouts_is_named(scores, monkeypatch):
     """With demonstrations alone our own column, registered after it, vanishes; beside rollouts it comes bent."""
     rollouts = Rollouts().add("a", [0, 0], target="ab").add("b", scores, target="ab")
     trainer = make_trainer()
-    dtypes = trainer._dtypes
-    trainer._dtypes = lambda *given: dtypes(*given) | {"old_log_probs": torch.float32}
+    dtypes = queue.dtypes
+    monkeypatch.setattr(queue, "dtypes", lambda *given: dtypes(*given) | {"old_log_probs": torch.float32})
     with pytest.raises(RuntimeError, match=r"lack the field\(s\) .*old_log_probs.* in TransferQueue"):
         trainer._update_actor(rollouts.batch(), {})
     assert keys_there() == set(rollouts.keys) and not trainer.actor_rollout_wg.updates

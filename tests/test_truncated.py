@@ -14,9 +14,9 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
 
 from verl_hpt.errors import UserError
+from verl_hpt.host.batch import SKIPPED, Group
 from verl_hpt.host.run import context_length
 from verl_hpt.host.trainer import ROLLOUTS
-from verl_hpt.lifecycle import SPARED
 
 LIMIT = "data.max_response_length=4"
 
@@ -143,8 +143,16 @@ SFT_FIRST = "++hpt.gate.threshold={start: 1.0, end: 0.0, steps: 3, shape: step}"
 
 def skipped(*overrides, step=1, targets=("a", "b"), full=(4, 4), sources=("s", "s")):
     run = make_run("actor_rollout_ref.rollout.n=4", *overrides)
-    prompts = [[{"role": "user", "content": str(i)}] for i in range(len(full))]
-    return run.skipped_rollouts(step, list(sources), prompts, list(targets), list(full))
+    return run.skipped_rollouts(step, drawn(run, targets, sources), list(full))
+
+
+def drawn(run, targets, sources) -> list[Group]:
+    """Questions that are about to be sampled."""
+    questions = [Group("", []) for _ in targets]
+    for i, (question, target, source) in enumerate(zip(questions, targets, sources, strict=True)):
+        cells = {"raw_prompt": [{"role": "user", "content": str(i)}], "target": target, "data_source": source}
+        run.read_question(question, cells)
+    return questions
 
 
 def test_one_rollout_is_sampled_while_every_question_is_on_its_demonstration():
@@ -172,13 +180,13 @@ def test_methods_without_a_gate_are_not_spared():
     assert skipped("++hpt.method=luffy") is None
 
 
-def test_the_early_gate_and_the_schedule_together_spare_the_larger_number():
+def test_the_early_gate_and_the_schedule_together_skip_the_larger_number():
     early = "++hpt.history={early_gate: {after_failures: 1, rollouts: 2}}"
     run = make_run("actor_rollout_ref.rollout.n=4", SFT_FIRST, early)
-    prompts = [[{"role": "user", "content": "q"}]] * 2
-    run.lifecycle.spared = lambda *_: [2, 0]
-    assert run.skipped_rollouts(1, ["s", "s"], prompts, ["a", None], [4, 4]) == [3, 0]
-    assert run.skipped_rollouts(9, ["s", "s"], prompts, ["a", "a"], [4, 4]) == [2, 0]
+    questions = drawn(run, ["a", None], ["s", "s"])
+    run.lifecycle.skipped_rollouts = lambda *_: [2, 0]
+    assert run.skipped_rollouts(1, questions, [4, 4]) == [3, 0]
+    assert run.skipped_rollouts(9, drawn(run, ["a", "a"], ["s", "s"]), [4, 4]) == [2, 0]
 
 
 def test_the_batch_that_is_sampled_says_how_many_and_a_lone_rollout_has_no_advantage(monkeypatch):
@@ -193,9 +201,9 @@ def test_the_batch_that_is_sampled_says_how_many_and_a_lone_rollout_has_no_advan
     )
     monkeypatch.setattr(PPOTrainerSync, "_next_train_batch", lambda self, *args, **kwargs: drawn)
     batch = trainer._next_train_batch()
-    assert [batch[i][ROLLOUTS] for i in range(2)] == [1, 1] and [batch[i][SPARED] for i in range(2)] == [3, 3]
+    assert [batch[i][ROLLOUTS] for i in range(2)] == [1, 1] and [batch[i][SKIPPED] for i in range(2)] == [3, 3]
     # Its demonstration turns out unusable: the lone rollout stays, and its raw reward is no advantage.
-    rollouts = Rollouts().add("q", [1.0], target="", **{SPARED: 3})
+    rollouts = Rollouts().add("q", [1.0], target="", **{SKIPPED: 3})
     step, metrics = scored(trainer, rollouts)
     assert step.questions[0].skipped_rollouts == 3 and step.plan.advantage.tolist() == [0]
     assert metrics["hpt/unusable/empty"] == 1

@@ -1,352 +1,408 @@
-"""What a run remembers of every question: how often it was drawn, solved, taught, and when. NumPy only.
+"""What a run remembers of each question, and what follows from it: retirement, rest and the early gate.
 
-Ten million questions must fit beside a trainer, and a step's questions must be found in a moment, so a question is a
-row of a few short columns and its identity a 64-bit number in a hash index; nothing here is a Python object a question.
-What is done with the numbers stands in ``verl_hpt.lifecycle``, how they are kept in ``verl_hpt.history_file``.
-
-Identities: ``number(key)`` of the plan's key (a hash of data source and prompt tokens, or the user's
-``hpt.question_key``). A second index leads from the prompt as the dataset has it (``prompt_number``) to the same row:
-before a question's rollouts are sampled its tokens are not known yet.
+``identity`` names a question, ``History`` keeps a record of each and its file in the checkpoint, ``Lifecycle`` applies
+the rules of ``hpt.history``. A run draws tens of thousands of questions (500 steps of 128 are 64,000), so the records
+are plain objects in a dict. No verl imports.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Annotated, Any, ClassVar, get_type_hints
 
 import numpy as np
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from verl_hpt import history_file
+from verl_hpt.config import Settings
+from verl_hpt.demos.demonstration import Demonstration, plain
 from verl_hpt.errors import UserError
-from verl_hpt.history_file import COLUMNS
+from verl_hpt.plan import DEMO, Plan, Question
 
-SOLVED, TAUGHT, GRADUATED, FORGOTTEN = 1, 2, 4, 8
-LISTINGS = ("graduated", "forgotten", "hopeless", "all")
-_MOST = {name: np.iinfo(kind).max for name, kind in COLUMNS.items()}
-_MOST_USES = np.iinfo(np.uint16).max  # of one demonstration
-_GROWTH = 1.25  # of a full column: a quarter at most lies idle
-_FULL = 0.7  # share of the index's table that may be taken
-_HEX = re.compile(r"[0-9a-f]{16}")
+logger = logging.getLogger(__name__)
+KEY = "hpt.question_key"
+FILE, VERSION = "hpt_history.jsonl", 3
+EARLIER_FILE = "hpt_history.npz"  # of versions 1 and 2
 
-
-def number(key: str) -> int:
-    """A key as 64 bits: sixteen hexadecimal digits are the number that they write, any other text is hashed."""
-    if _HEX.fullmatch(key):
-        return int(key, 16)
-    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+# --- which question it is ---------------------------------------------------------------------------------------------
 
 
-def numbers(keys: Sequence[str]) -> np.ndarray:
-    """``number`` of each key. -> (keys,) uint64"""
-    return np.fromiter((number(key) for key in keys), dtype=np.uint64, count=len(keys))
+def identity(row: Mapping, question_key: str | None = None, prompt_key: str = "raw_prompt") -> str:
+    """A question's identity, the same at every draw: before its rollouts are sampled, after it, and in the dataset.
 
+    It is what the column ``hpt.question_key`` says, or 16 hexadecimal digits, a hash of data source and prompt. Tokens
+    take no part: another tokenizer, another chat template, or one that writes the date change nothing.
 
-def prompt_number(source: str, messages: Any) -> int:
-    """A prompt as the dataset has it (chat messages in plain Python) and its data source, as 64 bits."""
-    text = json.dumps([source, messages], sort_keys=True, ensure_ascii=False, default=str)
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+    Args:
+        row: cells by column. prompt_key: the column with the prompt's chat messages, images among their parts.
 
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """Spread 64-bit numbers evenly (the finaliser of splitmix64), so that nearby ones do not cluster in a table."""
-    x = x.astype(np.uint64, copy=True)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x ^= x >> np.uint64(shift)
-        x *= np.uint64(factor)
-    return x ^ (x >> np.uint64(31))
-
-
-def _grown(array: np.ndarray, used: int, wanted: int) -> np.ndarray:
-    """The array with room for ``wanted`` entries, zeros after the first ``used``."""
-    if wanted <= len(array):
-        return array
-    larger = np.zeros(max(wanted, int(len(array) * _GROWTH), 1024), dtype=array.dtype)
-    larger[:used] = array[:used]
-    return larger
-
-
-class Index:
-    """Numbers 0, 1, 2 … for 64-bit keys in the order in which they came: a hash table with linear probing.
-
-    Look-ups and insertions take arrays of keys and go round by round over those that are not settled.
+    Raises:
+        UserError: the column names no question.
     """
-
-    def __init__(self, keys: np.ndarray | None = None):
-        self._keys, self._used = np.zeros(0, dtype=np.uint64), 0
-        self._table = np.full(1024, -1, dtype=np.int32)
-        if keys is not None and len(keys):
-            self.add(np.asarray(keys, dtype=np.uint64))
-
-    def __len__(self) -> int:
-        return self._used
-
-    @property
-    def keys(self) -> np.ndarray:
-        return self._keys[: self._used]
-
-    @property
-    def nbytes(self) -> int:
-        return self._keys.nbytes + self._table.nbytes
-
-    def find(self, keys: np.ndarray) -> np.ndarray:
-        """(keys,) -> (keys,) number of each, −1 where it is unknown."""
-        found, mask = np.full(len(keys), -1, dtype=np.int64), np.uint64(len(self._table) - 1)
-        open_, at = np.arange(len(keys)), _mix(keys) & mask
-        while len(open_):
-            there = self._table[at].astype(np.int64)
-            hit = there >= 0
-            hit[hit] = self._keys[there[hit]] == keys[open_[hit]]
-            found[open_[hit]] = there[hit]
-            going = (there >= 0) & ~hit
-            open_, at = open_[going], (at[going] + np.uint64(1)) & mask
-        return found
-
-    def add(self, keys: np.ndarray) -> np.ndarray:
-        """Take in keys that are unknown and differ from each other; their numbers. (keys,) -> (keys,)"""
-        new = np.arange(self._used, self._used + len(keys))
-        self._keys = _grown(self._keys, self._used, self._used + len(keys))
-        self._keys[new] = keys
-        self._used += len(keys)
-        if self._used > _FULL * len(self._table):
-            size = len(self._table)
-            while self._used > _FULL * size:
-                size *= 2
-            self._table = np.full(size, -1, dtype=np.int32)
-            for start in range(0, self._used, 1 << 20):  # in parts: the work space stays small
-                self._place(np.arange(start, min(start + (1 << 20), self._used)))
-        else:
-            self._place(new)
-        return new
-
-    def _place(self, entries: np.ndarray) -> None:
-        mask = np.uint64(len(self._table) - 1)
-        at = _mix(self._keys[entries]) & mask
-        while len(entries):
-            free = self._table[at] < 0
-            self._table[at[free]] = entries[free]  # of several that want one place the last stays
-            going = self._table[at] != entries
-            entries, at = entries[going], (at[going] + np.uint64(1)) & mask
+    value = plain(row.get(question_key or prompt_key))
+    if not names_question(value):
+        setting, remedy = (f" ({KEY})", f"fill it in, or drop {KEY}") if question_key else ("", f"set {KEY} to one")
+        raise UserError(f"its column {question_key or prompt_key!r}{setting} names no question; {remedy}")
+    if question_key is not None:
+        return str(value).encode(errors="backslashreplace").decode()
+    source = str(plain(row.get("data_source")) or "")
+    text = json.dumps([source, value], sort_keys=True, ensure_ascii=False, default=_content)
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
 
-@dataclass(frozen=True)
+def names_question(value: Any) -> bool:
+    """Whether a column's value, in plain Python, names anything."""
+    return value is not None and value == value and str(value).strip() != ""
+
+
+def _content(value: Any) -> list[str] | str:
+    """What the identity takes of a value that JSON cannot hold: an image's mode, size and pixels, a file's bytes."""
+    content = value.tobytes() if hasattr(value, "tobytes") else value
+    if not isinstance(content, bytes):
+        return str(value)
+    return [*(str(getattr(value, name, "")) for name in ("mode", "size")), hashlib.blake2b(content).hexdigest()]
+
+
+# --- what is remembered -----------------------------------------------------------------------------------------------
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+
+
+@dataclass(slots=True)
+class Record:
+    """What is remembered of one question."""
+
+    solved: Count = 0  # rollouts of the last draw that were solved
+    rollouts: Count = 0  # rollouts of the last draw that came back
+    drawn: Count = 0  # draws that the update saw
+    failures: Count = 0  # draws in a row, the last one included, of which no rollout was solved
+    uses: Count = 0  # draws at which it trained on demonstrations
+    drawn_at: Count = 0  # step of the last draw
+    taught_at: Count = 0  # step at which it last trained on a demonstration; 0: never
+    graduated: bool = False  # trained on a demonstration and, at a later draw, on its rollouts instead, one solved
+    demo_uses: list[Count] = field(default_factory=list)  # uses of each demonstration, by place
+
+    def numbers(self) -> dict[str, int]:
+        """Those of them that are one number, by name."""
+        return {name: int(getattr(self, name)) for name in FIELDS[1:] if name != "demo_uses"}
+
+
+FIELDS = ("key", *(one.name for one in fields(Record)))
+FIRST_LINE = json.dumps({"verl_hpt_history": VERSION, "columns": FIELDS}).encode() + b"\n"
+LISTINGS = {
+    "graduated": lambda record: record.graduated,
+    "forgotten": lambda record: 0 < record.failures < record.drawn,  # a draw before the last was solved, the last not
+    "never_solved": lambda record: record.failures == record.drawn,
+    "all": lambda record: True,
+}
+
+
+@dataclass(frozen=True, order=True)
 class Draw:
-    """What one step did with its questions; arrays of shape (questions,).
+    """One draw of a question. places: those of the demonstrations that it trained on, in order; on_rl: whether it
+    trained on its rollouts."""
 
-    keys, prompts: ``number`` and ``prompt_number`` (prompts 0: not known); solved, rollouts: counts; taught: trained on
-    a demonstration; on_rl: trained on its rollouts.
-    """
-
-    keys: np.ndarray
-    prompts: np.ndarray
-    solved: np.ndarray
-    rollouts: np.ndarray
-    taught: np.ndarray
-    on_rl: np.ndarray
+    key: str
+    solved: int
+    rollouts: int
+    places: tuple[int, ...]
+    on_rl: bool
 
 
+class OtherVersion(UserError):
+    """The history was written by a verl-hpt with another form of this file."""
+
+
+@dataclass
 class History:
-    """Columns by question, see ``COLUMNS``; ``uses`` of single demonstrations where a question has several.
+    """Records by identity, in the order in which the questions came.
 
-    A question is *graduated* once it trained on a demonstration and, at a later draw, on its rollouts instead, one of
-    them solved; it is *forgotten* while a draw before the last was solved and the last was not; *hopeless* while no
-    draw was solved.
+    settings: see ``meaning``; tokens_saved: by the early gate since the run began.
     """
 
-    def __init__(self):
-        self._index, self._prompts, self._demos = Index(), Index(), Index()
-        self._rows = {name: np.zeros(0, dtype=kind) for name, kind in COLUMNS.items()}
-        self._prompt_rows = np.zeros(0, dtype=np.int32)
-        self._demo_uses = np.zeros(0, dtype=np.uint16)
-        self.tokens_saved = 0.0  # by the early gate since the run began
-        self.depends: dict[str, dict] = {"identity": {}, "flags": {}}  # see ``lifecycle.depends``
+    __pydantic_config__: ClassVar = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    settings: dict[str, str | bool | float | None]
+    tokens_saved: Annotated[float, Field(ge=0)]
+    records: dict[str, Record] = field(default_factory=dict, init=False)
 
-    def __len__(self) -> int:
-        return len(self._index)
+    def observe(self, step: int, draws: Iterable[Draw]) -> None:
+        """Remember one step; the order of the draws leaves no trace."""
+        for draw in sorted(draws):  # of a question that comes twice, the unsolved draw first
+            record = self.records.setdefault(draw.key, Record())
+            record.graduated |= bool(record.uses and not draw.places and draw.solved and draw.on_rl)
+            record.solved, record.rollouts, record.drawn_at = draw.solved, draw.rollouts, step
+            record.drawn += 1
+            record.failures = 0 if draw.solved else record.failures + 1
+            if draw.places:
+                record.uses, record.taught_at = record.uses + 1, step
+                record.demo_uses += [0] * (draw.places[-1] + 1 - len(record.demo_uses))
+            for place in draw.places:
+                record.demo_uses[place] += 1
 
-    @property
-    def nbytes(self) -> int:
-        arrays = (*self._rows.values(), self._prompt_rows, self._demo_uses, self._index, self._prompts, self._demos)
-        return sum(array.nbytes for array in arrays)
-
-    def column(self, name: str) -> np.ndarray:
-        """(all questions,) one of ``COLUMNS``, in the order in which the questions came."""
-        return self._rows[name][: len(self)]
-
-    def look_up(self, keys: np.ndarray, *names: str) -> tuple[np.ndarray, ...]:
-        """Columns of some questions, 0 where one is unknown. (keys,) -> a (keys,) array a name"""
-        return self._read(self._index.find(keys), names)
-
-    def look_up_prompts(self, prompts: np.ndarray, *names: str) -> tuple[np.ndarray, ...]:
-        """As ``look_up``, by prompt."""
-        at = self._prompts.find(prompts)
-        known = at >= 0
-        at[known] = self._prompt_rows[at[known]]
-        return self._read(at, names)
-
-    def _read(self, rows: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, ...]:
-        known, out = rows >= 0, []
-        for name in names:
-            values = np.zeros(len(rows), dtype=np.int64)
-            values[known] = self._rows[name][rows[known]]
-            out.append(values)
-        return tuple(out)
-
-    def observe(self, step: int, draw: Draw) -> None:
-        """Remember one step. The result does not depend on the order of the questions, nor do the rows' places."""
-        order = np.lexsort((draw.on_rl, draw.taught, draw.rollouts, draw.solved, draw.keys))
-        keys = draw.keys[order]
-        first = np.append(True, keys[1:] != keys[:-1]) if len(keys) else np.zeros(0, bool)
-        rows = self._index.find(keys)
-        new = first & (rows < 0)
-        self._index.add(keys[new])
-        for name in COLUMNS:
-            self._rows[name] = _grown(self._rows[name], len(self) - int(new.sum()), len(self))
-        rows = self._index.find(keys)
-        self._link(draw.prompts[order], rows)
-        place = np.arange(len(keys))
-        nth = place - np.maximum.accumulate(np.where(first, place, 0))
-        for turn in range(int(nth.max(initial=-1)) + 1):  # a question twice in a batch: one draw, then the other
-            here = nth == turn
-            self._draw_once(step, rows[here], order[here], draw)
-
-    def _draw_once(self, step: int, rows: np.ndarray, which: np.ndarray, draw: Draw) -> None:
-        columns = self._rows
-        taught, now = draw.taught[which].astype(bool), draw.solved[which] > 0
-        flags = columns["flags"][rows]
-        before = (flags & SOLVED) > 0
-        graduates = ((flags & TAUGHT) > 0) & ~taught & now & draw.on_rl[which].astype(bool)
-        flags = flags & ~np.uint8(FORGOTTEN)
-        for flag, where in ((FORGOTTEN, before & ~now), (SOLVED, now), (TAUGHT, taught), (GRADUATED, graduates)):
-            flags[where] |= np.uint8(flag)
-        columns["flags"][rows] = flags
-        for name, values, which_rows in (
-            ("failures", np.where(now, 0, columns["failures"][rows].astype(np.int64) + 1), rows),
-            ("solved", draw.solved[which], rows),
-            ("rollouts", draw.rollouts[which], rows),
-            ("drawn", columns["drawn"][rows].astype(np.int64) + 1, rows),
-            ("uses", columns["uses"][rows].astype(np.int64) + taught, rows),
-            ("drawn_at", step, rows),
-            ("taught_at", step, rows[taught]),
-        ):
-            columns[name][which_rows] = np.minimum(values, _MOST[name])
-
-    def _link(self, prompts: np.ndarray, rows: np.ndarray) -> None:
-        """Let each prompt lead to the row of its latest draw; to the first by key where a batch has several.
-
-        A run resumed under other identities draws its questions into new rows, and the old rows go stale.
-        """
-        prompts, first = np.unique(prompts, return_index=True)
-        rows = rows[first[prompts != 0]]
-        prompts = prompts[prompts != 0]
-        at = self._prompts.find(prompts)
-        new = at < 0
-        at[new] = self._prompts.add(prompts[new])
-        self._prompt_rows = _grown(self._prompt_rows, len(self._prompts) - int(new.sum()), len(self._prompts))
-        self._prompt_rows[at] = rows
-
-    # --- single demonstrations -----------------------------------------------------------------------------------
-
-    def observe_demos(self, keys: np.ndarray, places: np.ndarray) -> None:
-        """Count a use of demonstration ``places[i]`` of question ``keys[i]``."""
-        pairs, uses = np.unique(_pairs(keys, places), return_counts=True)
-        at = self._demos.find(pairs)
-        unknown = at < 0
-        at[unknown] = self._demos.add(pairs[unknown])
-        self._demo_uses = _grown(self._demo_uses, len(self._demos) - int(unknown.sum()), len(self._demos))
-        self._demo_uses[at] = np.minimum(self._demo_uses[at].astype(np.int64) + uses, _MOST_USES)
-
-    def demo_uses(self, keys: np.ndarray, counts: np.ndarray) -> list[list[int]]:
-        """How often each of a question's ``counts[i]`` demonstrations was used; one list a question."""
-        whose = np.repeat(np.arange(len(keys)), counts)
-        ends = np.cumsum(counts)
-        places = np.arange(len(whose)) - np.repeat(ends - counts, counts)
-        at = self._demos.find(_pairs(keys[whose], places))
-        uses = np.zeros(len(whose), dtype=np.int64)
-        uses[at >= 0] = self._demo_uses[at[at >= 0]]
-        return [part.tolist() for part in np.split(uses, ends[:-1])] if len(keys) else []
-
-    # --- for people and for checkpoints --------------------------------------------------------------------------
+    def of(self, key: str) -> Record:
+        """What is remembered of a question; of an unknown one zeros."""
+        return self.records.get(key) or Record()
 
     def totals(self) -> dict[str, int]:
-        """How many questions are known, graduated, forgotten and hopeless."""
-        flags = self.column("flags")
-        return {"questions": len(self)} | {
-            name: int(np.count_nonzero(_is(flags, name))) for name in LISTINGS if name != "all"
-        }
+        """How many questions are known, graduated, forgotten and never solved."""
+        counts = {name: sum(map(rule, self.records.values())) for name, rule in LISTINGS.items() if name != "all"}
+        return {"questions": len(self.records), **counts}
 
-    def listing(self, which: str) -> dict[str, np.ndarray]:
-        """The questions that are graduated, forgotten, hopeless, or all of them: columns, and ``key`` as uint64.
-
-        Raises:
-            UserError: another word.
-        """
-        if which not in LISTINGS:
-            raise UserError(f"{which!r}: choose one of {', '.join(LISTINGS)}")
-        here = np.flatnonzero(_is(self.column("flags"), which))
-        return {"key": self._index.keys[here]} | {name: self.column(name)[here] for name in COLUMNS if name != "flags"}
-
-    def keys_of_prompts(self, prompts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which prompts are known, and their questions' keys. (prompts,) -> (prompts,) bool, (prompts,) uint64"""
-        at = self._prompts.find(prompts)
-        known, keys = at >= 0, np.zeros(len(prompts), dtype=np.uint64)
-        keys[known] = self._index.keys[self._prompt_rows[at[known]]]
-        return known, keys
-
-    def state_dict(self) -> dict[str, np.ndarray]:
-        """Everything, as arrays without idle room."""
-        return {
-            "version": np.array(history_file.VERSION, dtype=np.int64),
-            "tokens_saved": np.array(self.tokens_saved, dtype=np.float64),
-            "depends": np.array(json.dumps(self.depends)),
-            "keys": self._index.keys,
-            "prompts": self._prompts.keys,
-            "prompt_rows": self._prompt_rows[: len(self._prompts)],
-            "demos": self._demos.keys,
-            "demo_uses": self._demo_uses[: len(self._demos)],
-        } | {name: self.column(name) for name in COLUMNS}
-
-    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """Become what ``state_dict`` gave.
-
-        Raises:
-            UserError: not what it gave, see ``history_file.check``.
-        """
-        history_file.check(state)
-        self._index, self._prompts, self._demos = (Index(state[name]) for name in ("keys", "prompts", "demos"))
-        self._rows = {name: state[name].copy() for name in COLUMNS}
-        self._prompt_rows, self._demo_uses = state["prompt_rows"].copy(), state["demo_uses"].copy()
-        self.tokens_saved, self.depends = float(state["tokens_saved"]), history_file.description(state["depends"])
+    def listing(self, which: str) -> dict[str, Record]:
+        """The questions of one of ``LISTINGS``."""
+        return {key: record for key, record in self.records.items() if LISTINGS[which](record)}
 
     def save(self, path: str) -> None:
-        """Write to ``path`` whole or not at all."""
-        history_file.write(path, self.state_dict())
+        """Write lines of JSON to ``path``, whole or not at all: version, header, a question each, checksum."""
+        rows = ([key, *(getattr(record, name) for name in FIELDS[1:])] for key, record in self.records.items())
+        lines = ({"settings": self.settings, "tokens_saved": self.tokens_saved}, *rows)
+        body = FIRST_LINE + "".join(f"{json.dumps(line)}\n" for line in lines).encode()
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        partial = f"{path}.partial"
+        with open(partial, "wb") as file:
+            file.write(body + checksum(body))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
 
     @classmethod
     def read(cls, path: str) -> History:
-        """The history that ``save`` wrote.
+        """The history that ``save`` wrote to a file, or into the folder of a checkpoint.
 
         Raises:
             UserError: no such file, or not such a file; names it. ``OtherVersion`` where that is what is wrong.
         """
-        history, arrays = cls(), history_file.read(path)
+        path = file_in(path) if os.path.isdir(path) else path
         try:
-            history.load_state_dict(arrays)
+            with open(path, "rb") as file:
+                return _parsed(file.read())
+        except OSError as error:
+            problem = f"no history of verl-hpt can be read from it ({type(error).__name__}: {error})"
+            raise UserError(f"{path}: {problem}") from error
         except UserError as error:
             raise type(error)(f"{path}: {error}") from None
-        return history
 
 
-def _pairs(keys: np.ndarray, places: np.ndarray) -> np.ndarray:
-    return keys ^ _mix(np.asarray(places, dtype=np.uint64) + np.uint64(1))
+_HEADER = TypeAdapter(History)
+_ROW = TypeAdapter(tuple[(str, *get_type_hints(Record, include_extras=True).values())], config=ConfigDict(strict=True))
 
 
-def _is(flags: np.ndarray, which: str) -> np.ndarray:
-    if which == "all":
-        return np.ones(len(flags), dtype=bool)
-    if which == "hopeless":
-        return (flags & SOLVED) == 0
-    return (flags & {"graduated": GRADUATED, "forgotten": FORGOTTEN}[which]) > 0
+def file_in(folder: str) -> str:
+    """The file of the history in a checkpoint's folder; one of an earlier form where it has none but that."""
+    path, earlier = (os.path.join(folder, name) for name in (FILE, EARLIER_FILE))
+    return earlier if os.path.exists(earlier) and not os.path.exists(path) else path
+
+
+def checksum(body: bytes) -> bytes:
+    """The last line of a history's file."""
+    return b'{"blake2b": "%s"}\n' % hashlib.blake2b(body, digest_size=16).hexdigest().encode()
+
+
+def _parsed(content: bytes) -> History:
+    """The history that a file's bytes hold; raises UserError for what ``save`` does not write."""
+    lines = content.splitlines(keepends=True)
+    version = re.match(rb'\{"verl_hpt_history": (-?\d{1,9})[,}]', content)
+    written = "1 or 2" if content.startswith(b"PK") else version and int(version[1])
+    if written not in (None, VERSION):
+        raise OtherVersion(f"a history of version {written}; this verl-hpt reads version {VERSION}")
+    if not lines or lines[0] != FIRST_LINE:
+        raise UserError("no history of verl-hpt can be read from it (its first line is not a history's)")
+    if len(lines) < 3 or lines[-1] != checksum(b"".join(lines[:-1])):
+        raise UserError("a history that was cut off or changed (its last line is not the checksum of the others)")
+    history = _checked(_HEADER, lines, 1)
+    for at in range(2, len(lines) - 1):
+        key, *values = _checked(_ROW, lines, at)
+        record, line = Record(*values), f"a history whose line {at + 1}"
+        if key in history.records:
+            raise UserError(f"{line} has the key {key!r} again")
+        if record.solved > record.rollouts or max(record.failures, record.uses) > record.drawn:
+            raise UserError(f"{line} has more solved than rollouts, or more uses or failures than draws")
+        history.records[key] = record
+    return history
+
+
+def _checked(kind: TypeAdapter, lines: Sequence[bytes], at: int) -> Any:
+    """A line of the file, parsed and checked; raises UserError with line, field and what was got."""
+    try:
+        return kind.validate_json(lines[at])
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = [FIELDS[part] if kind is _ROW and i == 0 else part for i, part in enumerate(first["loc"])]
+        name, problem = "".join(f" {part}" for part in place), f"{first['msg']}, got {str(first['input'])[:80]}"
+        raise UserError(f"a history whose line {at + 1}{name} is not what it must be: {problem}") from None
+
+
+# --- what follows from it ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Past:
+    """What is known of a question before a step. uses: draws at which it trained on demonstrations; cooling: these rest
+    at this step; demo_uses: uses of each demonstration by place; retire_after: uses after which one is retired;
+    shown_now: places of the demonstrations that an earlier draw of the same batch is shown; numbers: those of the
+    question's ``Record`` by name, for a gate."""
+
+    uses: int = 0
+    cooling: bool = False
+    demo_uses: Sequence[int] = ()
+    retire_after: int | None = None
+    shown_now: Sequence[int] = ()
+    numbers: Mapping[str, float] = field(default_factory=lambda: Record().numbers())
+
+    def after(self, places: Sequence[int]) -> Past:
+        """What is known once a draw of the same batch is shown the demonstrations at these places."""
+        last = max([*places, len(self.demo_uses) - 1])
+        uses = [self.used(place) + (place in places) for place in range(last + 1)]
+        return replace(self, uses=self.uses + 1, demo_uses=uses, shown_now=[*self.shown_now, *places])
+
+    def used(self, place: int) -> int:
+        return self.demo_uses[place] if place < len(self.demo_uses) else 0
+
+    def retired(self, place: int) -> bool:
+        return self.retire_after is not None and self.used(place) >= self.retire_after
+
+
+UNKNOWN = Past()
+
+
+def meaning(settings: Settings) -> dict[str, Any]:
+    """The settings that say what a history's questions and numbers are: by what a question is named, and what counts as
+    solved under each gate."""
+    gates = {"hpt.gate": settings.gate} | {f"hpt.per_source.{s}.gate": o.gate for s, o in settings.per_source.items()}
+    names = ("success", "finished", "metric")
+    solved = {f"{place}.{name}": getattr(gate, name) for place, gate in gates.items() for name in names}
+    return {KEY: settings.question_key, **solved}
+
+
+class Lifecycle:
+    """The history of a run, and the rules of ``hpt.history``."""
+
+    def __init__(self, settings: Settings, rollouts: int):
+        self.settings, self.history = settings, History(meaning(settings), 0.0)
+        gate = settings.history.early_gate
+        if gate is not None and gate.rollouts >= rollouts:
+            raise UserError(
+                f"hpt.history.early_gate.rollouts={gate.rollouts} spares nothing: actor_rollout_ref.rollout.n is "
+                f"{rollouts}"
+            )
+
+    @property
+    def matters(self) -> list[str]:
+        """Settings whose effect depends on the history."""
+        rules, select = self.settings.history, self.settings.demo.select
+        names = {f"hpt.history.{name}": getattr(rules, name) for name in ("retire_after", "cooldown", "early_gate")}
+        names[f"hpt.demo.select={select}"] = select in ("round_robin", "unseen_first")
+        return [name for name, on in names.items() if on]
+
+    def skipped_rollouts(self, keys: Sequence[str], rollouts: Sequence[int]) -> list[int] | None:
+        """How many of its rollouts the early gate leaves out of each question that is about to be sampled; None
+        without it. (questions,) each."""
+        gate = self.settings.history.early_gate
+        if gate is None:
+            return None
+        failures = (self.history.of(key).failures for key in keys)
+        return [
+            max(n - gate.rollouts, 0) if failed >= gate.after_failures else 0
+            for failed, n in zip(failures, rollouts, strict=True)
+        ]
+
+    def past(self, groups: Sequence, step: int) -> list[Past]:
+        """What is known of a batch's questions before this step; (groups,)"""
+        rules = self.settings.history
+        # Several updates share a step where weights are synced less often: without a cool-down nothing rests in it.
+        return [
+            Past(
+                uses=record.uses,
+                cooling=rules.cooldown > 0 and record.taught_at > 0 and step - record.taught_at <= rules.cooldown,
+                demo_uses=tuple(record.demo_uses),
+                retire_after=rules.retire_after,
+                numbers=record.numbers(),
+            )
+            for record in (self.history.of(group.key) for group in groups)
+        ]
+
+    def remember(
+        self,
+        step: int,
+        groups: Sequence,
+        questions: Sequence[Question],
+        demos: Sequence[Sequence[Demonstration]],
+        plan: Plan,
+        counts: Counter,
+    ) -> dict[str, float]:
+        """Take in what a step did; the metrics ``hpt/history/*``.
+
+        Args:
+            demos: those that each question is shown, as the plan's rows index them.
+        """
+        places: list[list[int]] = [[] for _ in questions]
+        for row in np.flatnonzero(plan.kind == DEMO):
+            places[plan.question[row]].append(demos[plan.question[row]][plan.index[row]].index)
+        draws = [
+            Draw(group.key, int(solved.sum()), len(solved), tuple(sorted(shown)), bool(decision.on > 0))
+            for group, solved, shown, decision in zip(groups, plan.solved, places, plan.decisions, strict=True)
+        ]
+        self.history.observe(step, draws)
+        skipped = np.array([question.skipped_rollouts for question in questions], dtype=int)
+        lengths = np.array([question.lengths.mean() if len(question.lengths) else 0.0 for question in questions])
+        saved = float(np.dot(skipped, lengths))  # a rollout more of a question is taken to be as long as those it has
+        self.history.tokens_saved += saved
+        return {
+            **{f"hpt/history/{name}": float(n) for name, n in self.history.totals().items()},
+            "hpt/history/retired": float(counts["history/retired"]),
+            "hpt/history/cooling": float(counts["history/cooling"]),
+            "hpt/history/early_gated": float((skipped > 0).sum()),
+            "hpt/history/tokens_sampled": float(sum(question.lengths.sum() for question in questions)),
+            "hpt/history/tokens_saved": saved,
+            "hpt/history/tokens_saved_total": self.history.tokens_saved,
+        }
+
+    def save(self, folder: str) -> None:
+        """Write the history into a checkpoint's folder."""
+        self.history.save(os.path.join(folder, FILE))
+
+    def load(self, folder: str) -> None:
+        """Take the history from a checkpoint's folder.
+
+        Raises:
+            UserError: it cannot be read; or it has none, one of another version, or one whose questions cannot be
+                found again, although settings depend on it.
+        """
+        path, now = file_in(folder), self.history.settings
+        if not os.path.exists(path):
+            missing = f"the checkpoint has no history of its questions ({path} does not exist)"
+            return self._start_empty(missing, "Resume from a checkpoint that has it")
+        try:
+            found = History.read(path)
+        except OtherVersion as error:
+            return self._start_empty(str(error), "Resume with the verl-hpt that wrote it")
+        except UserError as error:
+            raise UserError(f"{error}. Resume from another checkpoint, or delete this file") from None
+        changes = {}
+        for name in dict.fromkeys([*now, *found.settings]):  # a data source without a gate of its own has the general
+            general = f"hpt.gate.{name.rpartition('.')[2]}"
+            old, new = (settings.get(name, settings.get(general)) for settings in (found.settings, now))
+            if old != new:
+                changes[name] = f"{path}: {name} was {json.dumps(old)}, is {json.dumps(new)} now"
+        if KEY in changes:
+            return self._start_empty(
+                f"{changes[KEY]}, so its questions cannot be found again", "Set the old value back"
+            )
+        for change in changes.values():
+            logger.warning("%s; what it counts as solved till here is the old gate's", change)
+        found.settings, self.history = now, found
+
+    def _start_empty(self, why: str, remedy: str) -> None:
+        """Warn and begin without a history; raise where settings depend on it and the user has not said so."""
+        if self.matters and self.settings.history.on_missing == "error":
+            raise UserError(
+                f"{why}, and {', '.join(self.matters)} would act as if no question had been drawn before. {remedy}, or "
+                "set hpt.history.on_missing=empty"
+            )
+        logger.warning("%s; it starts empty", why)

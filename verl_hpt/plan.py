@@ -58,6 +58,11 @@ class Question:
         """What the gate reads of each rollout. -> (n,)"""
         return self.rewards if self.metric is None else self.metric
 
+    @property
+    def order(self) -> tuple:
+        """Sorts a batch's questions, and draws of one, whichever rollouts arrived first."""
+        return self.key, tuple(self.rewards), tuple(self.lengths)
+
 
 @dataclass(frozen=True)
 class PlanSettings:
@@ -286,9 +291,8 @@ def _deal(questions, decisions, present: np.ndarray, steps: int, seed: int) -> n
     """Step of each question: those without rollouts first, then the others, dealt round by round. -> (questions,)"""
 
     def order(q: int):
-        question = questions[q]
-        digest = hashlib.blake2b(f"{seed}\0{question.key}".encode(), digest_size=8).digest()
-        return digest, tuple(question.rewards), tuple(question.lengths)
+        key, *draw = questions[q].order
+        return hashlib.blake2b(f"{seed}\0{key}".encode(), digest_size=8).digest(), *draw
 
     shuffled = sorted(present, key=order)
     imitating = [q for q in shuffled if not decisions[q].on]

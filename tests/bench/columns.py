@@ -3,7 +3,8 @@
     python tests/bench/columns.py [--demos 512] [--tokens 8000] [--runs 5]
 
 Each demonstration has weights and a teacher's log-probs. In turns: the cells opened (`plain`, `unpacked`), given to
-their demonstrations (`row_demos`), checked, scaled (`Reader._values`) and made into jagged tensors (`Run.token_marks`),
+their demonstrations (`of_row`), checked and scaled (`check_values`), and made into jagged tensors
+(`columns_of_tokens`),
 for cells that are lists, arrays or tensors; tokenising is not in it. The peer makes float64 arrays of the same cells
 and nothing else. Seconds are the process's own CPU time, medians of the runs, on one thread.
 """
@@ -11,34 +12,33 @@ and nothing else. Seconds are the process's own CPU time, medians of the runs, o
 from __future__ import annotations
 
 import argparse
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from measure import medians, table
 
 from verl_hpt.config import Demo
-from verl_hpt.demos.columns import check_values, row_demos, unpacked
-from verl_hpt.demos.encode import EncodedDemo, plain
+from verl_hpt.demos.demonstration import Demonstration, check_values, of_row, plain
+from verl_hpt.demos.read import unpacked
 from verl_hpt.host.batch import Reader
-from verl_hpt.host.run import Run
+from verl_hpt.host.rows import columns_of_tokens
 
 COLUMNS = ("token_weights", "teacher_log_prob")
 KINDS = {"lists": np.ndarray.tolist, "arrays": np.array, "tensors": torch.tensor}
 
 
-def ours(reader: Reader, rows: list[dict], encoded: EncodedDemo):
+def ours(reader: Reader, rows: list[dict], encoded: Demonstration):
     """From the cells of a batch to the columns of an update."""
-    run, length = SimpleNamespace(token_columns=COLUMNS), len(encoded.ids)
+    length = len(encoded.ids)
 
     def step():
         found = []
         for row in rows:
             row = {name: unpacked(plain(cell)) for name, cell in row.items()}
-            (demo,) = row_demos(row, "target", reader.columns)
-            demo.encoded, demo.values = encoded, {**demo.values, **check_values(demo, reader.columns, encoded)}
-            found.append(reader._values(demo))
-        return Run.token_marks(run, [length] * len(found), found)
+            (demo,) = of_row(row, "target", reader.columns)
+            demo.ids, demo.mask = encoded.ids, encoded.mask
+            found.append(check_values(demo, reader.columns))
+        return columns_of_tokens(COLUMNS, [length] * len(found), found)
 
     return step
 
@@ -51,7 +51,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     draw = np.random.default_rng(0)
-    encoded = EncodedDemo([5] * args.tokens, [1] * args.tokens)
+    encoded = Demonstration("x", ids=[5] * args.tokens, mask=[1] * args.tokens)
     settings = Demo(**{name: name for name in COLUMNS})
     reader = Reader(None, 0, settings, args.tokens)
     values = [{"token_weights": draw.exponential(1, args.tokens), "teacher_log_prob": -draw.exponential(1, args.tokens)}

@@ -72,7 +72,7 @@ def trainer_without_workers(config):
     trainer = object.__new__(hybrid(PPOTrainerSync))
     trainer.config, trainer.global_steps = config, 1
     trainer.hpt = Run(config, verl=contract.check(), kl_penalty=kl_penalty, has_reference=False, has_critic=False)
-    trainer.hpt.meet(byte_tokenizer())
+    trainer.hpt.bind_tokenizer(byte_tokenizer())
     trainer.actor_rollout_wg = SimpleNamespace(_dispatch_info={"actor": list(range(RANKS))})
     return trainer
 
@@ -123,7 +123,7 @@ def verls(trainer, batch) -> dict[str, float]:
 def ours(trainer, batch) -> dict[str, float]:
     """Everything that we add to a step before and after verl's update."""
     marks, written = [time.perf_counter()], []
-    step = trainer._plan_step(batch)
+    step = trainer._plan_step(batch, trainer.hpt.plan_settings(1, RANKS))
     marks.append(time.perf_counter())
     trainer._write(batch, step, written)
     marks.append(time.perf_counter())

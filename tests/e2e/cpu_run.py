@@ -18,6 +18,7 @@ import pyarrow
 import pyarrow.parquet
 
 from verl_hpt.cpu import quickstart
+from verl_hpt.history import FILE
 
 HERE = Path(__file__).parent
 MARKER = "latest_checkpointed_iteration.txt"
@@ -121,7 +122,7 @@ class Training:
             time.sleep(0.1)
 
     def history(self, step: int) -> Path:
-        return self.checkpoints / f"global_step_{step}" / "hpt_history.npz"
+        return self.checkpoints / f"global_step_{step}" / FILE
 
     def metrics(self) -> dict[int, dict]:
         """Step -> metrics, those of the last run that logged it; a line that a kill cut off is left out."""

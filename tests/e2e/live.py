@@ -58,9 +58,9 @@ ROLLOUT_FIELDS = (
 
 def rollouts_as_json(trainer, batch) -> dict:
     """The rows of verl's batch as TransferQueue has them, and the keys of ours that it still has."""
-    keys = list(trainer.tq.kv_list(batch.partition_id)[batch.partition_id])
-    there = trainer.kv_batch_meta2batch_meta(batch).field_names
-    data = trainer.tq.kv_batch_get(
+    keys = list(trainer.queue.tq.kv_list(batch.partition_id)[batch.partition_id])
+    there = trainer.queue.kv_batch_meta2batch_meta(batch).field_names
+    data = trainer.queue.tq.kv_batch_get(
         batch.keys, batch.partition_id, select_fields=[name for name in ROLLOUT_FIELDS if name in there]
     )
     columns = {name: [row.tolist() for row in data[name].unbind()] for name in data.keys()}
@@ -93,12 +93,12 @@ def _switch(trainer):
                     has_reference=served[0],
                     has_critic=served[1],
                 )
-                self.hpt.meet(self.tokenizer)
+                self.hpt.bind_tokenizer(self.tokenizer)
                 self.actor_rollout_wg.set_loss_fn(trainer.partial(trainer.hpt_loss, spec=self.hpt.loss_spec()))
 
             def _update_actor(self, batch, metrics):
                 out = super()._update_actor(batch, metrics)
-                whole = trainer.KVBatchMeta(
+                whole = trainer.queue.KVBatchMeta(
                     partition_id=batch.partition_id, keys=batch.keys, tags=[{} for _ in batch.keys]
                 )
                 whole.tags[:] = batch.tags

@@ -6,12 +6,11 @@ Two starts, about two and a half minutes on two cores. ``tests/bench/kills.py`` 
 import random
 import time
 
-import numpy as np
 from cpu_run import Training, kill, question
 from recorded_rewards import score
 
 from verl_hpt import config
-from verl_hpt.history import History, prompt_number
+from verl_hpt.history import History, identity
 
 # All that depends on the history at once: gates by source and by step, several demonstrations by turns of use, their
 # retirement and rest, and the early gate.
@@ -41,10 +40,9 @@ def rows() -> list[dict]:
 
 
 def same_history(one, other) -> bool:
-    """Every array of two history files equal; only the tokens saved depend on what was sampled."""
-    with np.load(one) as a, np.load(other) as b:
-        names = [name for name in a.files if name != "tokens_saved"]
-        return a.files == b.files and all(np.array_equal(a[name], b[name]) for name in names)
+    """Every record of two history files equal; only the tokens saved depend on what was sampled."""
+    first, second = (History.read(str(path)) for path in (one, other))
+    return first.settings == second.settings and list(first.records.items()) == list(second.records.items())
 
 
 def test_a_killed_run_goes_on_with_the_same_questions_demonstrations_and_history(tmp_path):
@@ -82,23 +80,20 @@ def test_a_killed_run_goes_on_with_the_same_questions_demonstrations_and_history
 def follows_the_record(training: Training) -> None:
     """Each question's last draw: solved as the record says, taught only under its own source's gate at that step."""
     history, made = History.read(str(training.history(10))), rows()
-    known, keys = history.keys_of_prompts(
-        np.array([prompt_number(row["data_source"], row["prompt"]) for row in made], dtype=np.uint64)
-    )
-    columns = history.look_up(keys, "drawn_at", "taught_at", "solved", "rollouts")
+    keys = [identity(row, prompt_key="prompt") for row in made]
     settings = config.load(
         {
             "gate": {"threshold": {"start": 0.6, "end": 0.1, "steps": 20, "shape": "cosine"}},
             "per_source": {"mix/b": {"gate": {"threshold": 0.3}}},
         }
     )
-    assert known.sum() > 20
-    for i, (drawn_at, taught_at, solved, rollouts) in enumerate(zip(*columns, strict=True)):
-        if known[i]:
-            record, source = made[i]["extra_info"], made[i]["data_source"]
-            assert solved == sum(score(record, i, drawn_at, session) for session in range(rollouts))
+    assert len(history.records) > 20 and history.records.keys() <= set(keys)
+    for i, key in enumerate(keys):
+        if key in history.records:
+            last, rule, source = history.of(key), made[i]["extra_info"], made[i]["data_source"]
+            assert last.solved == sum(score(rule, i, last.drawn_at, session) for session in range(last.rollouts))
             own = settings.per_source.get(source, settings)
-            if taught_at == drawn_at:
-                assert solved <= own.gate.at(int(drawn_at)).threshold * rollouts + 1e-9
-    assert {1, 4} == set(history.column("rollouts").tolist()), "the early gate fired for some"
-    assert len(history.listing("graduated")["key"]) > 0
+            if last.taught_at == last.drawn_at:
+                assert last.solved <= own.gate.at(last.drawn_at).threshold * last.rollouts + 1e-9
+    assert {1, 4} == {record.rollouts for record in history.records.values()}, "the early gate fired for some"
+    assert history.listing("graduated")

@@ -1,22 +1,20 @@
 """Random questions with tokens, and the rows of a plan over them as verl hands them to the actor.
 
-Rows are written by the code that writes them in training (``rows.token_fields``, ``Run.marks``); only what a model
-would have computed (log-probs) is drawn at random.
+Rows are written by the code that writes them in training (``rows.token_fields``, ``rows.row_columns``); only what a
+model would have computed (log-probs) is drawn at random.
 """
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 
-from verl_hpt.host.rows import token_fields
-from verl_hpt.host.run import Run
+from verl_hpt.host.rows import row_columns, token_fields
 from verl_hpt.plan import DEMO, PADDING, ROLLOUT, Plan, Question
 
 TOKENS = ("prompts", "responses", "input_ids", "position_ids", "response_mask", "loss_mask")
@@ -115,12 +113,13 @@ def row_batch(
     for name, numbers in (("old_log_probs", "old"), ("ref_log_prob", "ref")):
         if name in columns:
             columns[name] = jagged([torch.tensor(getattr(row, numbers), dtype=dtype) for row in rows])
-    rollout = SimpleNamespace(actor_rollout_ref=SimpleNamespace(rollout=SimpleNamespace(temperature=temperature)))
-    run = SimpleNamespace(row_temperature=temperature != 1.0, verl_config=rollout)
     other = np.array(
         [case.other.get((q, k, i), 0.0) for q, k, i in zip(plan.question, plan.kind, plan.index, strict=True)]
     )
-    return TensorDict({**columns, **Run.marks(run, plan, layout, other)}, batch_size=len(rows))
+    return TensorDict(
+        {**columns, **row_columns(plan, layout, other, None if temperature == 1.0 else temperature)},
+        batch_size=len(rows),
+    )
 
 
 def jagged(rows) -> torch.Tensor:

@@ -24,7 +24,7 @@ from verl_hpt.data.render import Renderer, difference
 from verl_hpt.data.result import Finding, Result
 from verl_hpt.data.rows import CHAT_KEYS, DEMO_KEYS, PROMPT_KEYS, Layout, Options, detect, opened, to_verl
 from verl_hpt.demos import encode as D
-from verl_hpt.demos.columns import DemoColumns, read_demos
+from verl_hpt.demos.read import read
 
 _BATCH = 256  # rows graded and tokenised together
 _AS_TEXT = {*CHAT_KEYS, *PROMPT_KEYS, *DEMO_KEYS, "reward_model"}  # fields that convert reads where they hold JSON text
@@ -177,7 +177,7 @@ def _check_batch(args, result, batch, columns, render, grade, threads, likely) -
         batch = [(number, row) for number, row in batch if number in prompts]
     rows = [(row, prompts.get(number), row["prompt"]) for number, row in batch]
     items = []
-    for (number, row), found in zip(batch, read_demos(rows, "target", columns, *encoding), strict=True):
+    for (number, row), found in zip(batch, read(rows, "target", columns, *encoding), strict=True):
         if all(demo.content is None for demo in found):
             result.without += 1
             continue

@@ -11,7 +11,7 @@ from verl_hpt.data.options import json_option
 from verl_hpt.data.read import BadRow
 from verl_hpt.data.render import Renderer
 from verl_hpt.demos import encode as D
-from verl_hpt.demos.columns import DemoColumns, read_demos
+from verl_hpt.demos.read import read
 from verl_hpt.errors import UserError
 
 _CHUNK = 512  # positions whose distributions over the vocabulary are held at once in float32
@@ -163,7 +163,7 @@ def _of_row(args, row: int, prompt, cell, render: Renderer, ask: Likelihood, cou
         raise BadRow(args.file, row, args.prompt_key, problem)
     try:
         (ids,) = render.tokens([render.prompt(prompt)])
-        (found,) = read_demos([({args.demo_key: raw}, ids, prompt)], args.demo_key, DemoColumns(), *render.encoding)
+        (found,) = read([({args.demo_key: raw}, ids, prompt)], args.demo_key, DemoColumns(), *render.encoding)
     except D.Unusable as bad:
         found = [D.Demo(content, bad=bad) for content in raw]
     numbers = []

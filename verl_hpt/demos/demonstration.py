@@ -262,11 +262,12 @@ def check_values(demo: Demonstration, columns: Mapping[str, str]) -> dict[str, A
         numbers = _finite(values := value if a_token else [value])
         if numbers is None:
             raise Unusable("bad_column", f"{column} must hold finite numbers, got {str(value)[:80]}")
-        if a_token and mask is not None and len(numbers) != len(mask):
+        fits = a_token and mask is not None and len(numbers) == len(mask)
+        if (problem := rule.problem(numbers, values, mask if fits else None)) is not None:
+            raise Unusable("bad_column", f"{column} {problem}")
+        if a_token and mask is not None and not fits:
             detail = f"{column} has {len(numbers)} values for {len(mask)} tokens, EOS included"
             raise Unusable("bad_column", detail)
-        if (problem := rule.problem(numbers, values, mask if a_token else None)) is not None:
-            raise Unusable("bad_column", f"{column} {problem}")
         if a_token:
             taken[name] = numbers if mask is None else rule.trained(numbers, mask)
     return taken

@@ -1,31 +1,27 @@
-"""From a batch's rows to the plan's questions: groups, identities, scores, and usable demonstrations."""
+"""From a batch's rows to the plan's questions: groups, identities, scores, decisions and usable demonstrations."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from verl_hpt import config
-from verl_hpt.demos import encode as demos
-from verl_hpt.demos.columns import read_demos
+from verl_hpt.demos.demonstration import Demonstration, Unusable, demonstrations, plain
+from verl_hpt.demos.read import read
+from verl_hpt.demos.select import select
 from verl_hpt.errors import UserError
 from verl_hpt.gate import Decision
-from verl_hpt.lifecycle import SPARED, UNKNOWN, Past
-from verl_hpt.normalize import relative
+from verl_hpt.history import UNKNOWN, Past
 from verl_hpt.plan import PlanSettings, Question, decide
 
 logger = logging.getLogger(__name__)
-
-# A demonstration that can be trained on, with what is known of it: its place in the row, its content, its reward, and
-# the values of the columns that the settings name (``demo_columns.DemoColumns``).
-Candidate = tuple[demos.EncodedDemo, dict]
+SKIPPED = "hpt_skipped_rollouts"  # column of a drawn question: rollouts that were not sampled
 
 
 @dataclass
@@ -45,9 +41,9 @@ class Group:
 
     def named(self) -> str:
         """How an error speaks of the question."""
-        extra = demos.plain(self.columns.get("extra_info"))
+        extra = plain(self.columns.get("extra_info"))
         index = extra.get("index") if isinstance(extra, Mapping) else None
-        return f"question {self.key} (data source {self.source or 'unknown'!r}, index {index})"
+        return f"question {self.key or None} (data source {self.source or 'unknown'!r}, index {index})"
 
 
 def group_rows(keys: Sequence[str], padding: Sequence[bool]) -> list[Group]:
@@ -70,12 +66,6 @@ def group_rows(keys: Sequence[str], padding: Sequence[bool]) -> list[Group]:
     return [Group(uid, [row for _, row in sorted(rows)]) for uid, rows in groups.items()]
 
 
-def identity(source: str, prompt: Sequence[int]) -> str:
-    """A question's identity: a hash of its data source and prompt tokens (verl's uid is fresh every draw)."""
-    data = source.encode() + b"\0" + np.asarray(prompt, dtype=np.int64).tobytes()
-    return hashlib.blake2b(data, digest_size=8).hexdigest()
-
-
 def row_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """Sum of each row of a jagged tensor, each by itself; rows without tokens sum to 0. -> (rows,)
 
@@ -93,7 +83,7 @@ def gate_metric(group: Group, name: str, info: Mapping) -> float:
     Raises:
         UserError: the reward function said no such thing, or no finite number.
     """
-    value = demos.plain(info.get(name))
+    value = plain(info.get(name))
     if isinstance(value, int | float) and math.isfinite(value):  # True and False are 1 and 0
         return float(value)
     if name in info:
@@ -113,12 +103,12 @@ class Reader:
     def __init__(
         self, tokenizer, eos: int, settings: config.Demo, max_length: int, seed: int = 0, template_kwargs=None
     ):
-        self.tokenizer, self.eos, self.settings = tokenizer, eos, settings
-        self.max_length, self.seed, self.template_kwargs = max_length, seed, dict(template_kwargs or {})
-        self.columns = settings.columns()
+        self.tokenizer, self.eos, self.max_length = tokenizer, eos, max_length
+        self.template_kwargs = dict(template_kwargs or {})
+        self.settings, self.seed, self.columns = settings, seed, settings.columns()
         self.warned: set[str] = set()
 
-    def candidates(self, group: Group, counts: Counter, past: Past = UNKNOWN) -> list[Candidate]:
+    def usable(self, group: Group, counts: Counter, past: Past = UNKNOWN) -> list[Demonstration]:
         """The question's demonstrations that it could be shown at this draw.
 
         counts: gains ``unusable`` and ``unusable/<reason>``, one a question without any usable demonstration;
@@ -128,49 +118,42 @@ class Reader:
             UserError: ``hpt.demo.on_unusable=error`` and there is none: names the question and why.
         """
         key = self.settings.key
-        if past.cooling and demos.demonstrations(group.columns.get(key)):
+        if past.cooling and demonstrations(group.columns.get(key)):
             counts["history/cooling"] += 1
             return []
-        row = (group.columns, group.prompt, demos.plain(group.columns.get("raw_prompt")))
+        row = (group.columns, group.prompt, plain(group.columns.get("raw_prompt")))
         encoding = (self.tokenizer, self.eos, self.max_length, self.template_kwargs)
-        (found,) = read_demos([row], key, self.columns, *encoding, skip=past.retired)
-        asked = [demo for demo in found if not past.retired(demo.index)]
-        usable = [(demo.encoded, self._values(demo)) for demo in asked if demo.bad is None]
-        if not usable and len(asked) < len(found):
+        (found,) = read([row], key, self.columns, *encoding, skip=past.retired)
+        active = [demo for demo in found if not past.retired(demo.index)]
+        usable = [demo for demo in active if demo.bad is None]
+        if not usable and len(active) < len(found):
             counts["history/retired"] += 1
         elif not usable:
-            self._tell(group, asked[0].bad if asked else demos.Unusable("null"), counts)
+            self._unusable(group, active[0].bad if active else Unusable("null"), counts)
+        reward = math.nan if self.settings.reward is None else self.settings.reward  # nan: `plan.demo_scores` says
+        for demo in usable:
+            demo.values = {"reward": reward, **demo.values}
         return usable
 
-    def choose(self, group: Group, usable: Sequence[Candidate], draw: int, past: Past = UNKNOWN) -> list[Candidate]:
-        """Those of the candidates that the question is shown at this draw, by ``demo.select``."""
+    def choose(self, group: Group, usable: Sequence[Demonstration], draw: int, past: Past = UNKNOWN):
+        """Those of the demonstrations that the question is shown at this draw, by ``demo.select``."""
         settings = self.settings
         if settings.select == "random":  # an earlier draw of this batch leaves the others to this one
-            usable = [one for one in usable if one[1]["place"] not in past.shown_now] or usable
-        chosen = demos.select(
-            [values["content"] for _, values in usable],
+            usable = [demo for demo in usable if demo.index not in past.shown_now] or usable
+        chosen = select(
+            [demo.content for demo in usable],
             settings.select,
             settings.per_question,
             seed=self.seed,
             draw=past.uses if settings.select == "round_robin" else draw,
             question_key=group.key,
-            lengths=[len(encoded.ids) for encoded, _ in usable],
-            log_likelihoods=[values.get("log_likelihood") for _, values in usable],
-            seen={i: past.used(values["place"]) for i, (_, values) in enumerate(usable)},
+            lengths=[len(demo.ids) for demo in usable],
+            log_likelihoods=[demo.values.get("log_likelihood") for demo in usable],
+            seen={i: past.used(demo.index) for i, demo in enumerate(usable)},
         )
         return [usable[i] for i in chosen]
 
-    def _values(self, demo: demos.Demo) -> dict:
-        """What the columns and the settings say of a demonstration."""
-        reward = math.nan if self.settings.reward is None else self.settings.reward  # nan: `plan.demo_scores` says
-        given = {"place": demo.index, "content": demo.content, "reward": reward, **demo.values}
-        if "teacher_log_prob" in given:
-            given["teacher_log_prob"] = np.minimum(given["teacher_log_prob"], 0.0)
-        if "token_weights" in given:
-            given["token_weights"] = relative(given["token_weights"], demo.encoded.mask)
-        return given
-
-    def _tell(self, group: Group, why: demos.Unusable, counts: Counter) -> None:
+    def _unusable(self, group: Group, why: Unusable, counts: Counter) -> None:
         text = f"{group.named()}: its demonstration in column {self.settings.key!r} is unusable: {why}"
         if self.settings.on_unusable == "error":
             raise UserError(f"{text}. Mend the data, or set hpt.demo.on_unusable=keep to train it on its rollouts")
@@ -197,6 +180,32 @@ class Scored:
     metric: np.ndarray | None = None
 
 
+def _questions(
+    groups: Sequence[Group], scored: Scored, past: Sequence[Past], settings: PlanSettings
+) -> Iterator[tuple[Question, Decision]]:
+    """Each question without its demonstrations, and what the gate decides of it."""
+    for group, known in zip(groups, past, strict=True):
+        rows = group.rows
+        for name, values in (("reward", scored.scores[rows]), ("return", scored.returns[rows])):
+            if not np.isfinite(values).all():
+                raise UserError(
+                    f"{group.named()}: {name} {values.tolist()} is not finite. Mend the reward function, or have it "
+                    "return a number for this answer"
+                )
+        question = Question(
+            key=group.key,
+            rewards=scored.scores[rows],
+            lengths=scored.counted[rows].astype(int),
+            returns=scored.returns[rows],
+            metric=None if scored.metric is None else scored.metric[rows],
+            truncated=scored.truncated[rows],
+            skipped_rollouts=int(plain(group.columns.get(SKIPPED)) or 0),
+            source=group.source,
+            history=known.numbers,
+        )
+        yield question, decide(question, settings)
+
+
 def questions_of(
     groups: Sequence[Group],
     scored: Scored,
@@ -204,65 +213,48 @@ def questions_of(
     settings: PlanSettings,
     draw: int,
     past: Sequence[Past] | None = None,
-    likelihoods: Callable[[Sequence[tuple[Group, Candidate]]], Sequence[float]] | None = None,
-) -> tuple[list[Question], list[list[Candidate]], Counter, list[Decision]]:
-    """The plan's questions, their demonstrations' tokens, counts, and what the gate decided of each question.
+    likelihoods: Callable[[Sequence[tuple[Group, Demonstration]]], Sequence[float]] | None = None,
+) -> tuple[list[Question], list[list[Demonstration]], Counter, list[Decision]]:
+    """The plan's questions, the demonstrations that each is shown, counts, and what the gate decided of each question.
 
-    Demonstrations are read (tokenised) only for questions that would train on one.
+    The gate decides first; demonstrations are read (tokenised) only where its decision asks for one.
 
     Args:
         draw: the step. past: what is known of each group's question from earlier steps.
-        likelihoods: mean log-likelihoods a token of (group, candidate) pairs, where a model is asked for them; called
-            once, for the questions that have more candidates than they are shown.
+        likelihoods: mean log-likelihoods a token of (group, demonstration) pairs, where a model is asked for them;
+            called once, for the questions that have more demonstrations than they are shown.
 
     Raises:
         UserError: a score or return that is not finite; names the question.
     """
-    questions, decisions, read, counts = [], [], [], Counter()
-    past = [UNKNOWN] * len(groups) if past is None else list(past)
-    for group, known in zip(groups, past, strict=True):
-        for name, values in (("reward", scored.scores), ("return", scored.returns)):
-            if not np.isfinite(values[group.rows]).all():
-                raise UserError(
-                    f"{group.named()}: {name} {values[group.rows].tolist()} is not finite. Mend the reward function, "
-                    "or have it return a number for this answer"
-                )
-        question = Question(
-            key=group.key,
-            rewards=scored.scores[group.rows],
-            lengths=scored.counted[group.rows].astype(int),
-            returns=scored.returns[group.rows],
-            metric=None if scored.metric is None else scored.metric[group.rows],
-            truncated=scored.truncated[group.rows],
-            skipped_rollouts=int(demos.plain(group.columns.get(SPARED)) or 0),
-            source=group.source,
-        )
-        questions.append(question)
-        decisions.append(decide(question, settings))
-        teaches = settings.method.demos and decisions[-1].asks_for_demo
-        read.append(reader.candidates(group, counts, known) if teaches else [])
+    past, counts = [UNKNOWN] * len(groups) if past is None else list(past), Counter()
+    pairs = list(_questions(groups, scored, past, settings))
+    questions, decisions = [question for question, _ in pairs], [decision for _, decision in pairs]
+    shown = [
+        reader.usable(group, counts, known) if settings.method.demos and decision.asks_for_demo else []
+        for group, known, decision in zip(groups, past, decisions, strict=True)
+    ]
     if likelihoods is not None:
-        several = [i for i, found in enumerate(read) if len(found) > reader.settings.per_question]
-        pairs = [(groups[i], candidate) for i in several for candidate in read[i]]
-        for (_, (_, values)), number in zip(pairs, likelihoods(pairs) if pairs else [], strict=True):
-            values["log_likelihood"] = number
+        several = [
+            (group, demo)
+            for group, usable in zip(groups, shown, strict=True)
+            for demo in usable
+            if len(usable) > reader.settings.per_question
+        ]
+        for (_, demo), number in zip(several, likelihoods(several) if several else [], strict=True):
+            demo.values["log_likelihood"] = number
     latest: dict[str, Past] = {}  # a question twice in a batch: what the second draw is shown depends on the first's
-    for i in sorted(range(len(questions)), key=lambda i: _order(questions[i])):
+    for i in sorted(range(len(questions)), key=lambda i: questions[i].order):
         group, known = groups[i], latest.get(groups[i].key, past[i])
-        usable = [(encoded, values) for encoded, values in read[i] if not known.retired(values["place"])]
-        if read[i] and not usable:
+        usable = [demo for demo in shown[i] if not known.retired(demo.index)]
+        if shown[i] and not usable:
             counts["history/retired"] += 1
-        read[i] = reader.choose(group, usable, draw, known) if usable else []
-        latest[group.key] = known.after([values["place"] for _, values in read[i]]) if read[i] else known
-        counts.update(f"demo_source/{values['source']}" for _, values in read[i] if "source" in values)
+        shown[i] = reader.choose(group, usable, draw, known) if usable else []
+        latest[group.key] = known.after([demo.index for demo in shown[i]]) if shown[i] else known
+        counts.update(f"demo_source/{demo.values['source']}" for demo in shown[i] if "source" in demo.values)
         questions[i] = dataclasses.replace(
             questions[i],
-            demo_lengths=np.array([sum(encoded.mask) for encoded, _ in read[i]], dtype=int),
-            demo_rewards=np.array([values["reward"] for _, values in read[i]], dtype=np.float64),
+            demo_lengths=np.array([sum(demo.mask) for demo in shown[i]], dtype=int),
+            demo_rewards=np.array([demo.values["reward"] for demo in shown[i]], dtype=np.float64),
         )
-    return questions, read, counts, decisions
-
-
-def _order(question: Question) -> tuple:
-    """Draws of one question in one batch, in an order that does not depend on which rollouts arrived first."""
-    return question.key, tuple(question.rewards), tuple(question.lengths)
+    return questions, shown, counts, decisions

@@ -37,11 +37,11 @@ def new_keys(count: int) -> list[str]:
     return [f"hpt{mark}_{number}_0" for number in range(count)]
 
 
-def meta(keys: Sequence[str], partition: str, fields: Sequence[str] = (), extra_info: dict | None = None) -> KVBatchMeta:
+def meta(keys: Sequence[str], partition: str, fields: list[str] | None = None, extra_info: dict | None = None):
     """A batch of these rows, as verl passes it around."""
-    tags = [{} for _ in keys]
+    extra_info = {} if extra_info is None else extra_info
     return KVBatchMeta(
-        partition_id=partition, keys=list(keys), tags=tags, fields=list(fields) or None, extra_info=extra_info or {}
+        partition_id=partition, keys=list(keys), tags=[{} for _ in keys], fields=fields, extra_info=extra_info
     )
 
 

@@ -1,27 +1,25 @@
-"""One run: the settings met with verl's config, checked, and turned into what each part of a step needs."""
+"""Combines ``hpt.*`` with verl's config, checks both, and derives plan settings, loss spec and columns."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
-import torch
 from omegaconf import OmegaConf
 
 from verl_hpt import __version__, config
-from verl_hpt.demos.demonstration import COLUMNS, Demonstration, demonstrations, plain
+from verl_hpt.demos.demonstration import demonstrations, plain
 from verl_hpt.demos.encode import end_of_answers
+from verl_hpt.demos.read import unpacked
 from verl_hpt.errors import UserError, raise_all
 from verl_hpt.gate import always_demo
+from verl_hpt.history import Lifecycle, identity, names_question
 from verl_hpt.host import advantage, refusals
 from verl_hpt.host.alarms import Alarms
-from verl_hpt.host.batch import Group, Reader
-from verl_hpt.lifecycle import SPARED, Lifecycle
-from verl_hpt.loss import ROW_COLUMNS, ROW_FIELD, TOKEN_FIELDS, LossSpec
-from verl_hpt.plan import DEMO, Plan, PlanSettings
+from verl_hpt.host.batch import SKIPPED, Group, Reader
+from verl_hpt.loss import ROW_FIELD, TOKEN_FIELDS, LossSpec
+from verl_hpt.plan import Plan, PlanSettings
 
 logger = logging.getLogger(__name__)
 SOURCE = "data_source"  # verl's column
@@ -46,22 +44,20 @@ class Run:
         model, rollout = verl_config.actor_rollout_ref.model, verl_config.actor_rollout_ref.rollout
         fused = bool(model.get("use_fused_kernels", False))
         # At T ≠ 1 verl divides logits by the rollouts' temperature; a demonstration's likelihood is at T = 1.
-        self.row_temperature = rollout.temperature != 1.0 and not fused and bool(self.method.demos)
+        differs = rollout.temperature != 1.0 and not fused and self.method.demos
+        self.row_temperature = float(rollout.temperature) if differs else None
         demo = self.settings.demo
         # The pass that tells whose likelihood chooses among demonstrations; None where a column does, or nothing.
-        asked = demo.likelihood_of if demo.select == "likelihood" and self.method.demos else "column"
-        self.choosing_pass = {"column": None, "policy": "old_log_prob", "reference": "ref_log_prob"}[asked]
+        whose = demo.likelihood_of if demo.select == "likelihood" and self.method.demos else "column"
+        self.choosing_pass = {"column": None, "policy": "old_log_prob", "reference": "ref_log_prob"}[whose]
         # verl's old-log-prob pass compares with the rollout engine's log-probs, which demonstrations do not have.
         passes = "old_log_prob" in {*self.method.needs_of_demos, self.choosing_pass}
         self.pass_fields = ("rollout_log_probs",) if passes and rollout.calculate_log_probs else ()
-        told = {"token_weights": demo.token_weights is not None and bool(self.method.demos)}
-        told["teacher_log_prob"] = "teacher_log_prob" in self.method.needs_of_demos
-        self.token_columns = tuple(name for name, wanted in told.items() if wanted)
-        self.marked = (
-            ROW_FIELD,
-            *(["temperature"] if self.row_temperature else []),
-            *(TOKEN_FIELDS[name] for name in self.token_columns),
-        )
+        weighted = demo.token_weights is not None and self.method.demos
+        read = {"token_weights": weighted, "teacher_log_prob": "teacher_log_prob" in self.method.needs_of_demos}
+        self.token_columns = tuple(name for name, on in read.items() if on)
+        temperature = ["temperature"] if self.row_temperature is not None else []
+        self.own_fields = (ROW_FIELD, *temperature, *(TOKEN_FIELDS[name] for name in self.token_columns))
         self.lifecycle = Lifecycle(self.settings, rollout.n)
         self.alarms = Alarms(scheduled=lambda step: self._all_on_demos(step, rollout.n))
         print(self.banner(verl, fused), flush=True)
@@ -132,7 +128,7 @@ class Run:
             ]
         key = self.settings.question_key
         if key in columns:
-            nameless = [row for row, value in enumerate(table[key], start=1) if not _says(plain(value))]
+            nameless = [row for row, value in enumerate(table[key], start=1) if not names_question(plain(value))]
             if nameless:
                 problems.append(
                     f"hpt.question_key={key!r}: {len(nameless)} of {len(table)} rows of the training data have no "
@@ -141,7 +137,7 @@ class Run:
                 )
         raise_all(problems, "the training data does not fit the settings:")
 
-    def meet(self, tokenizer) -> None:
+    def bind_tokenizer(self, tokenizer) -> None:
         """Once the tokenizer is there: the end token and the reader of demonstrations."""
         demo = self.settings.demo
         model = self.verl_config.actor_rollout_ref.model.path
@@ -159,7 +155,6 @@ class Run:
             self.settings.seed,
             data.get("apply_chat_template_kwargs") or {},
         )
-        self.lifecycle.bind_tokenizer(tokenizer, self.reader.template_kwargs)
 
     # --- every step ----------------------------------------------------------------------------------------------
 
@@ -181,8 +176,26 @@ class Run:
 
     def question_fields(self) -> list[str]:
         """Columns read once a question."""
-        names = ["prompts", "data_source", "extra_info", "raw_prompt", "multi_modal_inputs", SPARED]
+        names = ["prompts", "data_source", "extra_info", "raw_prompt", "multi_modal_inputs", SKIPPED]
         return list(dict.fromkeys([*names, *self._named_columns().values()]))
+
+    def sampling_fields(self) -> list[str]:
+        """Columns read of a question before it is sampled."""
+        names = [SOURCE, "extra_info", "raw_prompt", self.settings.demo.key, self.settings.question_key]
+        return [name for name in dict.fromkeys(names) if name is not None]
+
+    def read_question(self, group: Group, cells: Mapping) -> None:
+        """Sets a question's columns, data source and identity from its row, before sampling and after it alike.
+
+        Raises:
+            UserError: the row does not say which question it is.
+        """
+        group.columns = {name: unpacked(plain(cell)) for name, cell in cells.items()}
+        group.source = str(plain(group.columns.get(SOURCE)) or "")
+        try:
+            group.key = identity(group.columns, self.settings.question_key)
+        except UserError as error:
+            raise UserError(f"{group.named()}: {error}") from None
 
     def loss_spec(self) -> LossSpec:
         actor = self.verl_config.actor_rollout_ref.actor
@@ -221,71 +234,28 @@ class Run:
         sizes = [1 if cut.log_prob_use_dynamic_bsz else cut.log_prob_micro_batch_size_per_gpu or 1 for cut in cuts]
         return ranks * math.lcm(*sizes)
 
-    def marks(self, plan: Plan, layout: np.ndarray, other: np.ndarray) -> dict[str, torch.Tensor]:
-        """Our columns for the rows of a layout: the row's numbers and, where rows differ in it, the temperature.
+    def skipped_rollouts(self, step: int, questions: Sequence[Group], full: Sequence[int]) -> list[int] | None:
+        """How many of its rollouts are left out of each question that is about to be sampled; None where none is.
 
-        other: (rows of the plan,) mean log-prob under other models, 0 where there is none.
-        """
-        is_demo = (plan.kind == DEMO).astype(np.float64)
-        columns = {
-            "is_demo": is_demo,
-            "w_rl": plan.w_rl,
-            "w_demo": plan.w_demo,
-            "w_entropy": plan.w_entropy,
-            "advantage": np.nan_to_num(plan.advantage),
-            "reward": plan.reward,
-            "correct": plan.correct,
-            "other_log_prob": other,
-        }
-        table = np.stack([np.append(columns[name], 0.0) for name in ROW_COLUMNS], axis=1)  # last: padding
-        table[-1, 0] = 1.0  # padding counts as a demonstration of no token, so that nothing RL touches it
-        rows = torch.tensor(table[layout], dtype=torch.float32)
-        marks = {ROW_FIELD: torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)} if len(rows) else {}
-        if self.row_temperature and len(rows):
-            of_rollouts = float(self.verl_config.actor_rollout_ref.rollout.temperature)
-            marks["temperature"] = torch.where(rows[:, 0] > 0, 1.0, of_rollouts)
-        return marks
-
-    def token_marks(self, lengths: Sequence[int], demonstrations: Sequence[dict | None]) -> dict[str, torch.Tensor]:
-        """Our columns with a number a token, jagged, for rows in order; none where the run asks for none.
-
-        lengths: tokens of each row's response. demonstrations: a row's columns where it is a demonstration's, else
-        None; a weight is 1 and a log-prob 0 on all other rows.
-        """
-        if not len(lengths):
-            return {}
-        blank, columns = {"token_weights": 1.0, "teacher_log_prob": 0.0}, {}
-        for name in self.token_columns:
-            rows = [
-                torch.as_tensor(np.asarray(of[name]), dtype=torch.float32)
-                if of is not None and name in of
-                else torch.full((int(length),), blank[name])
-                for length, of in zip(lengths, demonstrations, strict=True)
-            ]
-            columns[TOKEN_FIELDS[name]] = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
-        return columns
-
-    def skipped_rollouts(self, step: int, sources: Sequence, prompts: Sequence, cells: Sequence, full: Sequence[int]):
-        """How many of its rollouts each question is spared that is about to be sampled; None where none is.
-
-        The early gate spares those that failed again and again. And all but one are spared where every question trains
-        on its demonstration at this step, whatever its rollouts score (SFT until a step, RL after it); only in
-        trainer_mode=sync, where what is sampled at a step is trained at that step.
+        The early gate leaves out rollouts of those that failed again and again. And one rollout is enough where every
+        question trains on its demonstration at this step, whatever its rollouts score (SFT until a step, RL after it);
+        only in trainer_mode=sync, where what is sampled at a step is trained at that step.
 
         Args:
-            sources, prompts, cells: data source, chat messages and demonstrations of each. full: its rollouts.
+            full: rollouts of each question, where none is left out.
         """
-        spared = self.lifecycle.spared(sources, prompts, full)
+        skipped = self.lifecycle.skipped_rollouts([question.key for question in questions], full)
         if self.method.when != "gate" or self.verl_config.trainer.v1.trainer_mode != "sync":
-            return spared
-        bounds = self.plan_settings(step, 1)
-        one = [
-            n - 1 if always_demo(bounds.gate_of(source), n) and demonstrations(cell) else 0
-            for source, cell, n in zip(map(str, plain(sources)), cells, full, strict=True)
+            return skipped
+        bounds, key = self.plan_settings(step, 1), self.settings.demo.key
+        on_demo = [
+            always_demo(bounds.gate_of(question.source), n) and bool(demonstrations(question.columns.get(key)))
+            for question, n in zip(questions, full, strict=True)
         ]
-        if not any(one):
-            return spared
-        return one if spared is None else [max(pair) for pair in zip(one, spared, strict=True)]
+        all_but_one = [n - 1 if certain else 0 for certain, n in zip(on_demo, full, strict=True)]
+        if not any(all_but_one):
+            return skipped
+        return all_but_one if skipped is None else [max(pair) for pair in zip(all_but_one, skipped, strict=True)]
 
     def _all_on_demos(self, step: int, n: int) -> bool:
         """Whether the settings alone put every question on its demonstration at this step."""
@@ -336,19 +306,3 @@ def context_length(actor_rollout_ref) -> int | None:
     except (OSError, ValueError):  # no config.json here, or of an architecture that transformers does not know
         return None
     return getattr(model.get_text_config(), "max_position_embeddings", None)
-
-
-def _says(value) -> bool:
-    """Whether a column's value names anything."""
-    return value is not None and value == value and str(value).strip() != ""
-
-
-def question_name(group: Group, column: str) -> str:
-    """What ``hpt.question_key`` calls a question; raises UserError where its row has no value there."""
-    value = plain(group.columns.get(column))
-    if not _says(value):
-        named = dataclasses.replace(group, key=repr(value)).named()
-        raise UserError(
-            f"{named}: its column {column!r} (hpt.question_key) names no question; fill it in, or drop hpt.question_key"
-        )
-    return str(value)
