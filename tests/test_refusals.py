@@ -57,7 +57,7 @@ def refused(*overrides: str, **has) -> str:
          f"{ACTOR}.clip_ratio_low=0"),
         (f"{ACTOR}.clip_ratio_high=nan", f"{ACTOR}.clip_ratio_high=nan: must be a number at least 0",
          f"{ACTOR}.clip_ratio_high=0"),
-        (f"{ACTOR}.clip_ratio_high=much", f"{ACTOR}.clip_ratio_high=much: must be a number at least 0",
+        (f"{ACTOR}.clip_ratio_high=much", f"{ACTOR}.clip_ratio_high='much': must be a number at least 0",
          f"{ACTOR}.clip_ratio_high=1e9"),
         (f"{ACTOR}.clip_ratio_high=inf", f"{ACTOR}.clip_ratio_high=inf: must be a number at least 0",
          f"{ACTOR}.clip_ratio_high=1e9"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -38,6 +38,7 @@ class GateSettings:
     soft: tuple[tuple[float, float, float], ...] | str | None = None
     function: str | None = None
     finished: bool = True
+    kwargs: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
