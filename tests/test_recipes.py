@@ -7,6 +7,7 @@ checks have their say. No model, no Ray.
 
 import dataclasses
 import inspect
+import itertools
 import json
 import os
 import shutil
@@ -441,3 +442,9 @@ def test_every_recipe_has_a_header_and_is_named_here():
         header = (RECIPES / f"{name}.sh").read_text().split("set -euo pipefail")[0]
         for word in ("Hardware", "Time", "Versions", "Expect", f"bash recipes/{name}.sh"):
             assert word in header, f"recipes/{name}.sh: no {word!r} in its header"
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.sh")), ids=lambda path: path.stem)
+def test_a_header_is_short(recipe):
+    header = list(itertools.takewhile(lambda line: line.startswith("#"), recipe.read_text().splitlines()))
+    assert len(header) <= 15 and max(map(len, header)) <= 120

@@ -130,7 +130,7 @@ class Demo:
         None, "column: a weight for each token, EOS included; they are relative (mean 1 over what learns)"
     )
     teacher_log_prob: str | None = setting(
-        None, "column: log π of its author for each token, EOS included (any number on what tools say)"
+        None, "column: log π of its author for each token, EOS included; the reference `teacher` divides by it"
     )
     source: str | None = setting(None, "column: who wrote it, counted in hpt/demo_source/<name>")
 

@@ -36,7 +36,7 @@ from verl_hpt.plan import DEMO, Plan, PlanSettings, Question, plan
 OF_TOKENS = tuple(name for name in ON_DEMAND if name != "other_log_prob")  # that one has a number a row
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 LogProb, Weight = Annotated[float, Field(le=0)], Annotated[float, Field(ge=0)]
-Name = str | int
+LogProbs, Weights, Numbers = LogProb | list[LogProb], Weight | list[Weight], float | list[float]  # of tokens
 
 
 class Row(BaseModel):
@@ -47,28 +47,30 @@ class Row(BaseModel):
 
     model_config = STRICT
     length: int = Field(ge=1)
-    log_prob: LogProb | list[LogProb]
-    old_log_prob: LogProb | list[LogProb] | None = None
-    ref_log_prob: LogProb | list[LogProb] | None = None
-    teacher_log_prob: LogProb | list[LogProb] | None = None
-    entropy: float | list[float] | None = None
-    advantage: float | list[float] | None = None
+    log_prob: LogProbs
+    old_log_prob: LogProbs | None = None
+    ref_log_prob: LogProbs | None = None
+    teacher_log_prob: LogProbs | None = None
+    entropy: Numbers | None = None
+    advantage: Numbers | None = None
+    token_weights: None = None
     other_log_prob: float | None = None
 
     @model_validator(mode="after")
-    def _fits(self):
-        lists = {name: value for name, value in self if isinstance(value, list) and len(value) != self.length}
-        if lists:
-            wrong = (f"{name}: {len(value)} numbers for a row of {self.length} tokens" for name, value in lists.items())
+    def _a_number_for_each_token(self):
+        wrong = []
+        for name in ("log_prob", *OF_TOKENS, "advantage", "token_weights"):
+            value = getattr(self, name)
+            if isinstance(value, float):
+                setattr(self, name, [value] * self.length)
+            elif value is not None and len(value) != self.length:
+                wrong.append(f"{name}: {len(value)} numbers for a row of {self.length} tokens")
+        if self.token_weights and not any(self.token_weights):
+            wrong.append(f"token_weights={self.token_weights!r}: one must be above 0")
+        if wrong:
             raise ValueError("\n".join(wrong))
+        self.old_log_prob = self.old_log_prob or self.log_prob
         return self
-
-    def of_tokens(self, name: str) -> list[float] | None:
-        """A number for each token."""
-        value = getattr(self, name, None)
-        if value is None and name == "old_log_prob":
-            value = self.log_prob
-        return [value] * self.length if isinstance(value, float) else value
 
 
 class Rollout(Row):
@@ -83,21 +85,15 @@ class Demonstration(Row):
     """reward: by default ``hpt.demo.reward``."""
 
     reward: float | None = None
-    token_weights: Weight | list[Weight] | None = None
-
-    @model_validator(mode="after")
-    def _learns(self):
-        if self.token_weights is not None and not np.any(self.token_weights):
-            raise ValueError(f"token_weights={self.token_weights!r}: one must be above 0")
-        return self
+    token_weights: Weights | None = None
 
 
 class CaseQuestion(BaseModel):
     """skipped_rollouts: rollouts that were not sampled (early gate, SFT phase)."""
 
     model_config = STRICT
-    uid: Name | None = None
-    source: Name = ""
+    uid: str | int | None = None
+    source: str | int = ""
     rollouts: list[Rollout] = []
     demos: list[Demonstration] = []
     skipped_rollouts: int = Field(0, ge=0)
@@ -136,7 +132,7 @@ def explain(case: Mapping, import_modules: bool = False) -> dict:
             "trust them, add --import-modules"
         )
     method = config.resolve_method(settings)
-    raise_all([*_misfits(case, method, settings)], "this case does not fit its settings:")
+    raise_all([*_misfits(case.questions, method, settings)], "this case does not fit its settings:")
     clip = {constant: getattr(case.actor, name) for name, constant in config.CLIPS.items()}
     demo_reward = settings.demo.reward if isinstance(settings.demo.reward, float) else math.nan
     questions = [_question(question, i, settings, demo_reward) for i, question in enumerate(case.questions)]
@@ -161,26 +157,25 @@ def _metric(question: CaseQuestion, settings: config.Settings) -> str | None:
     return settings.per_source.get(str(question.source), settings).gate.metric
 
 
-def _misfits(case: Case, method: Method, settings: config.Settings) -> Iterator[str]:
-    """What a question lacks for this method and these settings."""
+def _misfits(questions: list[CaseQuestion], method: Method, settings: config.Settings) -> Iterator[str]:
+    """What questions lack for this method and these settings; of a number that rows lack, the first place."""
     estimators = {"rollouts": [method.rollouts], "demos": [method.r_estimator, method.s_estimator]}
     needs = {kind: {name for e in found if e is not None for name in e.needs} for kind, found in estimators.items()}
     needs["rollouts"] |= {"advantage"} if method.uses_critic else set()
-    uids = [question.uid for question in case.questions]
-    for i, question in enumerate(case.questions):
-        where, metric = f"case.questions[{i}]", _metric(question, settings)
+    uids, missing = [question.uid for question in questions], {}
+    for i, question in enumerate(questions):
         if not question.rollouts and not question.demos:
-            yield f"{where}: has neither rollouts nor demos"
+            yield f"case.questions[{i}]: has neither rollouts nor demos"
         if question.uid is not None and question.uid in uids[:i]:
-            yield f"{where}.uid={question.uid!r}: an earlier question has it too"
-        for j, row in enumerate(question.rollouts):
-            if metric is not None and row.metric is None:
-                yield f"{where}.rollouts[{j}].metric: missing; hpt.gate.metric={metric!r} reads it"
-        for kind, names in needs.items():
+            yield f"case.questions[{i}].uid={question.uid!r}: an earlier question has it too"
+        metric = _metric(question, settings)
+        wanted = {(kind, name): f"method {method.name!r} needs it" for kind, names in needs.items() for name in names}
+        wanted |= {} if metric is None else {("rollouts", "metric"): f"hpt.gate.metric={metric!r} reads it"}
+        for (kind, name), why in sorted(wanted.items()):
             for j, row in enumerate(getattr(question, kind)):
-                for name in sorted(names):
-                    if getattr(row, name) is None and name != "old_log_prob":
-                        yield f"{where}.{kind}[{j}].{name}: method {method.name!r} needs it, and it is missing"
+                if getattr(row, name) is None:
+                    missing.setdefault((kind, name), f"case.questions[{i}].{kind}[{j}].{name}: missing; {why}")
+    yield from missing.values()
 
 
 def _question(question: CaseQuestion, place: int, settings: config.Settings, demo_reward: float) -> Question:
@@ -200,25 +195,27 @@ def _question(question: CaseQuestion, place: int, settings: config.Settings, dem
 
 
 def _tell(entries: list[tuple[Question, list[Row]]], result: Plan, method: Method, constants: Constants) -> dict:
+    def name(number: int, kind: int, index: int) -> dict:
+        kind = "demo" if kind == DEMO else "rollout"
+        return {"uid": entries[number][0].key, "kind": kind, "index": int(index)}
+
     rows, loss = [], {"rl": 0.0, "demo": 0.0}
     for i in range(len(result)):
         question, of_question = entries[result.question[i]]
         is_demo = bool(result.kind[i] == DEMO)
-        at = len(question.rewards) + result.index[i] if is_demo else result.index[i]
-        row = of_question[at]
+        row = of_question[result.index[i] + is_demo * len(question.rewards)]
         tokens = _tokens(row, result, i, method, constants)
         terms = row_terms(method, tokens, torch.tensor([[is_demo]]))
         w_rl, w_demo = float(result.w_rl[i]), float(result.w_demo[i])
         rl, demo = terms.rl * (w_rl != 0), terms.demo * (w_demo != 0)
-        of_tokens = _of_tokens(row)
+        weights = relative(row.token_weights, np.ones(row.length)) if row.token_weights else 1.0
+        of_tokens = torch.tensor(weights, dtype=torch.float64)  # multiplies the row's weights on each token
         value = -(of_tokens * (w_rl * terms.rl_value * (w_rl != 0) + w_demo * terms.demo_value)).sum()
         loss["demo" if is_demo else "rl"] += float(value)
         estimator = method.r_estimator if is_demo else method.rollouts
         rows.append(
             {
-                "uid": question.key,
-                "kind": "demo" if is_demo else "rollout",
-                "index": int(result.index[i]),
+                **name(result.question[i], result.kind[i], result.index[i]),
                 "zone": result.decisions[result.question[i]].zone,
                 "advantage": _plain(estimator.advantage(tokens)) if w_rl else None,
                 "weight": {"rl": w_rl, "demo": w_demo},
@@ -226,32 +223,17 @@ def _tell(entries: list[tuple[Question, list[Row]]], result: Plan, method: Metho
                 "gradient": (-(of_tokens * (w_rl * rl + w_demo * demo)))[0].tolist(),
             }
         )
-    dropped = [
-        {
-            "uid": entries[d.question][0].key,
-            "kind": "demo" if d.kind == DEMO else "rollout",
-            "index": d.index,
-            "why": d.why,
-        }
-        for d in result.dropped
-    ]
+    dropped = [{**name(d.question, d.kind, d.index), "why": d.why} for d in result.dropped]
     return {"rows": rows, "dropped": dropped, "loss": {**loss, "total": loss["rl"] + loss["demo"]}}
-
-
-def _of_tokens(row: Row) -> torch.Tensor:
-    """What multiplies the row's weights on each token. -> (tokens,)"""
-    weights = row.of_tokens("token_weights")
-    return torch.tensor(relative(weights, np.ones(len(weights))) if weights else 1.0, dtype=torch.float64)
 
 
 def _tokens(row: Row, result: Plan, i: int, method: Method, constants: Constants) -> Tokens:
     # What only the other kind of row needs, and has, is not given: computed on both, used on that one.
-    columns = {name: row.of_tokens(name) for name in OF_TOKENS}
+    columns = {name: getattr(row, name) for name in OF_TOKENS}
     columns = {name: values and [values] for name, values in columns.items() if values or name not in method.needs}
-    advantage = row.of_tokens("advantage") if method.uses_critic else None
     return Tokens.on_paper(
-        [row.of_tokens("log_prob")],
-        advantage=[advantage] if advantage else np.nan_to_num(result.advantage[i]),
+        [row.log_prob],
+        advantage=[row.advantage] if method.uses_critic and row.advantage else np.nan_to_num(result.advantage[i]),
         reward=result.reward[i],
         correct=result.correct[i],
         other_log_prob=row.other_log_prob or 0.0,
