@@ -1,21 +1,18 @@
 #!/usr/bin/env bash
 # avg@K and pass@K of a model on evaluation sets, with verl's own validation.
 #
-#   verl-hpt data eval-set outputs/eval --suffix '' aime24.json aime25.json amc23.json math-500.json minerva.json \
-#     olympiad-bench.json                        # once: keys prompt and answer -> outputs/eval/*.parquet
-#   verl-hpt data eval-set outputs/eval gpqa.json # multiple choice: asks for the letter
+#   verl-hpt data eval-set outputs/eval --suffix '' aime24.json math-500.json   # once; keys prompt, answer
 #   bash recipes/evaluate.sh MODEL               # a Hugging Face folder or name, or a checkpoint …/global_step_N
 #   K=32 bash recipes/evaluate.sh MODEL 'data.val_files=[/…/outputs/eval/aime24.parquet]'
 #
 # Hardware   GPUS of any kind that hold the model (default 8)
 # Time       not measured by us
 # Versions   composed and validated in CI against verl 0.9.1; run on a CPU with a two-layer model, not yet on GPUs
-# Expect     A table of avg@K and pass@k of every set (`verl-hpt report OUT` prints it again), from all answers and scores
-#            in OUT/answers. pass@k is exact; verl's own best@K in OUT/metrics.jsonl draws with replacement and is lower.
-# Prompts    --suffix '' where the chat template itself asks for \boxed{} (Qwen2.5-Math's, recipes/llama3.1_8b.sh's);
-#            without it eval-set adds that request to every question. Evaluate as you train.
-# Settings   K (default 8), EVAL_DIR (default outputs/eval), OUT (default outputs/evaluate/NAME), GPUS (8). T = 0.6 and
-#            top-p 0.95 as in the published scripts' validation; further arguments go to verl as overrides.
+# Expect     a table of avg@K and exact pass@k of every set (`verl-hpt report OUT` prints it again), from all answers and
+#            scores in OUT/answers; verl's best@K in OUT/metrics.jsonl draws with replacement and is lower
+# Prompts    --suffix '' where the chat template itself asks for \boxed{} (Qwen2.5-Math's, recipes/llama3.1_8b.sh's)
+# Settings   K (default 8), EVAL_DIR (outputs/eval), OUT (outputs/evaluate/NAME), GPUS (8); T = 0.6 and
+#            top-p 0.95 as in the published scripts' validation; further arguments go to verl as overrides
 set -euo pipefail
 if [ $# -lt 1 ]; then
   echo "usage: bash recipes/evaluate.sh MODEL [verl overrides]" >&2

@@ -2,7 +2,7 @@
 # Real questions and worked solutions through the whole path, on a CPU: converted, tokenised as rollouts are, graded by
 # GSM8K's own `####` answer, trained on for a few steps. It shows that the path holds; a model this small learns no maths.
 #
-#   bash recipes/gsm8k_cpu.sh FILE.jsonl        # keys question and answer, as GSM8K's train.jsonl -> outputs/gsm8k_cpu
+#   bash recipes/gsm8k_cpu.sh FILE.jsonl   # keys question and answer, as GSM8K's train.jsonl -> outputs/gsm8k_cpu
 #
 # Hardware   no GPU; 2 cores, 24 GiB of memory
 # Time       about 5 minutes when .venv is there

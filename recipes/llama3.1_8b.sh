@@ -10,7 +10,7 @@
 # Expect     The paper's figures (arXiv 2509.04419, one run each; the same average as for Qwen), none of them ours:
 #            SFT 5.9 · GRPO 9.6 · LUFFY 13.2 · HPT 18.2. The paper has none for SRFT and SFT→GRPO.
 # Needs      access to meta-llama/Llama-3.1-8B on the Hugging Face hub, or MODEL_PATH
-# More       methods, settings, data, and the list of differences: recipes/math.sh
+# More       methods, settings, data: recipes/math.sh; what differs from the published code: README, "Deviations"
 set -euo pipefail
 name=llama3.1_8b model=meta-llama/Llama-3.1-8B tensor_parallel=2
 # The published script's prompt ("Question: … Answer: Let's think step by step."), written as a chat template.

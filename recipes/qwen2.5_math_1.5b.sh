@@ -8,7 +8,7 @@
 # Versions   composed and validated in CI against verl 0.9.1; not yet run on GPUs by us
 # Expect     The paper's figures (arXiv 2509.04419, one run each; the same average as for the 7B model), none of them
 #            ours:  SFT 36.9 · GRPO 34.0 · LUFFY 34.7 · HPT 41.9. The paper has none for SRFT and SFT→GRPO.
-# More       methods, settings, data, and the list of differences: recipes/math.sh
+# More       methods, settings, data: recipes/math.sh; what differs from the published code: README, "Deviations"
 set -euo pipefail
 name=qwen2.5_math_1.5b model=Qwen/Qwen2.5-Math-1.5B tensor_parallel=1
 model_changes=(--rope-theta 40000 --max-position-embeddings 16384)  # the model's own 4,096 positions are too few

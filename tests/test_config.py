@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from verl_hpt import config
+from verl_hpt.checked import checked, read, setting
 from verl_hpt.config import Schedule, load, resolve_method
 from verl_hpt.errors import UserError
 from verl_hpt.gate import Outcome, decide
-from verl_hpt.typed import WRONG, build
 
 
 def test_defaults_are_the_documented_ones():
@@ -33,37 +33,43 @@ def test_defaults_are_the_documented_ones():
         ({"gate": {"treshold": 0}}, r"hpt\.gate\.treshold: unknown key.*threshold"),
         ({"demo_coef": "much"}, r"hpt\.demo_coef='much': must be a number"),
         ({"demo_coef": True}, r"hpt\.demo_coef=True: must be a number"),
-        ({"demo_coef": -1}, r"hpt\.demo_coef=-1\.0: must be at least 0"),
-        ({"demo_coef": float("nan")}, r"hpt\.demo_coef=nan: must be a number that is finite"),
-        ({"gate": {"count": 1.5}}, r"hpt\.gate\.count=1\.5: must be a whole number"),
+        ({"demo_coef": -1}, r"hpt\.demo_coef=-1: must be .* at least 0: λ, weight of"),
+        ({"demo_coef": float("nan")}, r"hpt\.demo_coef=nan: must be a number .*, and finite"),
+        ({"gate": {"count": 1.5}}, r"hpt\.gate\.count=1\.5: must be null or a whole number, got float"),
         ({"gate": 3}, r"hpt\.gate=3: must be a mapping with keys threshold"),
         ({"gate": {"threshold": {"start": 1, "end": 0}}}, r"hpt\.gate\.threshold: needs steps"),
         ({"gate": {"threshold": "x"}}, r"hpt\.gate\.threshold='x': must be a number or a schedule"),
         ({"gate": {"soft": [[1, 0]]}}, r"hpt\.gate\.soft=.*rows \(on, off, sft\)"),
         ({"normalization": "mean"}, r"hpt\.normalization='mean': must be null or one of question, sequence"),
         ({"demo": {"on_unusable": "drop"}}, r"hpt\.demo\.on_unusable='drop': must be one of keep, error"),
-        ({"options": {"gama": 1}}, r"hpt\.options\.gama=1\.0: must be one of .*shaping"),
+        ({"options": {"gama": 1}}, r"hpt\.options\.gama: unknown key \(value 1\); one of shaping, "),
         ({"per_source": {"a": {"gates": {}}}}, r"hpt\.per_source\.a\.gates: unknown key"),
-        ({"rl_length_scale": 0}, r"hpt\.rl_length_scale=0\.0: must be null .*or above 0"),
+        ({"rl_length_scale": 0}, r"hpt\.rl_length_scale=0: must be null or a number above 0: .*null: data\.max_resp"),
         ({"modules": "mine"}, r"hpt\.modules='mine': must be a list"),
         (
             {"gate": {"threshold": {"start": 1, "end": 0, "steps": 0}}},
-            r"hpt\.gate\.threshold\.steps=0: must be at least 1",
+            r"hpt\.gate\.threshold\.steps=0: must be a whole number at least 1",
         ),
-        ({"gate": {"off": {"start": 1, "end": 0, "steps": 0}}}, r"hpt\.gate\.off\.steps=0: must be at least 1"),
+        (
+            {"gate": {"off": {"start": 1, "end": 0, "steps": 0}}},
+            r"gate\.off\.steps=0: must be a whole number at least 1",
+        ),
         ({"gate": {"soft": [[0, 0, 1]]}}, r"hpt\.gate\.soft=.*: must be a table of at least two rows"),
         (
             {"gate": {"soft": [[0, 0], [1, 0]]}},
             r"hpt\.gate\.soft=.*: must be a table of at least two rows \(on, off, sft\)",
         ),
         ({"gate": {"soft": [[0, 0, 1], [1, 0, -1]]}}, r"hpt\.gate\.soft=.*none negative"),
-        ({"demo": {"per_question": 0}}, r"hpt\.demo\.per_question=0: must be at least 1"),
-        ({"history": {"retire_after": 0}}, r"hpt\.history\.retire_after=0: must be null or at least 1"),
-        ({"history": {"cooldown": -1}}, r"hpt\.history\.cooldown=-1: must be at least 0 \(steps\)"),
-        ({"history": {"early_gate": {"after_failures": 0}}}, r"early_gate\.after_failures=0: must be at least 1"),
+        ({"demo": {"per_question": 0}}, r"hpt\.demo\.per_question=0: must be a whole number at least 1"),
+        ({"history": {"retire_after": 0}}, r"hpt\.history\.retire_after=0: must be null or a whole number at least 1"),
+        ({"history": {"cooldown": -1}}, r"hpt\.history\.cooldown=-1: must be a whole number at least 0: steps"),
+        (
+            {"history": {"early_gate": {"after_failures": 0}}},
+            r"\.after_failures=0: must be a whole number at least 1",
+        ),
         (
             {"history": {"early_gate": {"after_failures": 1, "rollouts": 0}}},
-            r"early_gate\.rollouts=0: must be at least",
+            r"early_gate\.rollouts=0: must be a whole number at least 1",
         ),
         ({"history": {"early_gate": {"rollouts": 2}}}, r"hpt\.history\.early_gate: needs after_failures; got rollouts"),
         (
@@ -71,15 +77,18 @@ def test_defaults_are_the_documented_ones():
             r"hpt\.compose\.normalization='tokens': must be one of question, seq",
         ),
         ({"compose": {"demos": [{"scale": 2}]}}, r"hpt\.compose\.demos\[0\]: needs kind; got scale"),
-        ({"compose": {"demos": [{"kind": "S", "scale": 0}]}}, r"demos\[0\]\.scale=0\.0: must be above 0; or leave the"),
+        (
+            {"compose": {"demos": [{"kind": "S", "scale": 0}]}},
+            r"demos\[0\]\.scale=0: must be a number above 0: .*or leave",
+        ),
         ({"compose": {"demos": [{"kind": "S", "weight": 1}]}}, r"hpt\.compose\.demos\[0\]\.weight: unknown key"),
-        ({"compose": {"rollouts": 5}}, r"hpt\.compose\.rollouts=5: must be text or a mapping or null, got int"),
+        ({"compose": {"rollouts": 5}}, r"hpt\.compose\.rollouts=5: must be null or text or a mapping, got int"),
         ({"modules": ["a/b.py"]}, r"hpt\.modules='a/b\.py': must be names of modules"),
         (
             {"per_source": {"a": {"gate": {"off": math.inf}}}},
-            r"hpt\.per_source\.a\.gate\.off=inf: must be a number that",
+            r"hpt\.per_source\.a\.gate\.off=inf: must be null or a number .*, and finite",
         ),
-        ({"demo": {"select": "likelihood"}}, r"hpt\.demo\.log_likelihood=None: must be the column .*likelihood_of"),
+        ({"demo": {"select": "likelihood"}}, r"hpt\.demo\.log_likelihood=null: must be the column .*likelihood_of"),
     ],
 )
 def test_bad_settings_are_named_with_key_value_and_choices(node, message):
@@ -167,7 +176,7 @@ def test_every_problem_of_the_settings_is_said_at_once():
 
 def test_a_key_of_a_wrong_type_is_not_named_again_for_the_default_that_stands_in():
     assert problems({"demo": {"select": "likelihood", "log_likelihood": 5}}) == [
-        "hpt.demo.log_likelihood=5: must be text, got int"
+        "hpt.demo.log_likelihood=5: must be null or text, got int"
     ]
     assert problems({"gate": {"soft": [[0, 0, 1], [1, 0, "x"]]}}) == [
         "hpt.gate.soft[1][2]='x': must be a number, got str"
@@ -185,7 +194,11 @@ def test_problems_of_gates_and_method_come_at_once():
         resolve_method(load(node))
     text = str(error.value)
     assert text.startswith("method 'grpo' and its gates do not fit:\n  - ") and text.count("\n  - ") == 3
-    for part in ("hpt.gate.function='mine'", "hpt.gate.soft='x'", "hpt.gate.soft is set, but method 'grpo'"):
+    for part in (
+        "hpt.gate.function='mine'",
+        "hpt.per_source.a.gate.soft='x'",
+        "hpt.gate.soft is set, but method 'grpo'",
+    ):
         assert part in text
 
 
@@ -282,24 +295,32 @@ def test_a_hostile_node_is_refused(node):
 def test_no_node_is_the_defaults_and_null_is_not_a_mapping():
     assert load(None) == load({}) == config.Settings()
     assert problems({"gate": None}) == [
-        "hpt.gate=None: must be a mapping with keys " + ", ".join(f.name for f in dataclasses.fields(config.Gate))
+        "hpt.gate=null: must be a mapping with keys " + ", ".join(f.name for f in dataclasses.fields(config.Gate))
     ]
+
+
+@checked
+class Plain:
+    switch: bool = setting(False, "")
+    count: int = setting(0, "")
+    name: str = setting("a", "")
+    number: float = setting(0.0, "")
 
 
 def test_a_value_is_of_its_type_and_nothing_else():
-    told = []
-    assert build(bool, True, "a", told) is True and build(int, 3, "a", told) == 3 and build(str, "", "a", told) == ""
-    assert build(float, sys.float_info.max, "a", told) == sys.float_info.max and not told
-    for kind, value in ((bool, 1), (bool, "true"), (int, True), (str, 1), (float, True), (float, -math.inf)):
-        assert build(kind, value, "a", told) is WRONG
-    assert told == [
-        "a=1: must be true or false, got int",
-        "a='true': must be true or false, got str",
-        "a=True: must be a whole number, got bool",
-        "a=1: must be text, got int",
-        "a=True: must be a number, got bool",
-        "a=-inf: must be a number that is finite",
-    ]
+    edges = {"switch": True, "count": 3, "name": "", "number": sys.float_info.max}
+    assert read(Plain, edges, "a") == (Plain(**edges), [])
+    assert type(read(Plain, {"number": 1}, "a")[0].number) is float, "a whole number is a number"
+    for key, value, what in (
+        ("switch", 1, "true or false, got int"),
+        ("switch", "true", "true or false, got str"),
+        ("count", True, "a whole number, got bool"),
+        ("name", 1, "text, got int"),
+        ("number", True, "a number, got bool"),
+        ("number", "1", "a number, got str"),
+        ("number", -math.inf, "a number, and finite"),
+    ):
+        assert read(Plain, {key: value}, "a") == (None, [f"a.{key}={value!r}: must be {what}"])
     assert problems({"history": {"early_gate": {}}}) == ["hpt.history.early_gate: needs after_failures; got nothing"]
 
 

@@ -60,28 +60,73 @@ def change(path, value):
     ("case", "place"),
     [
         ("{", "is not JSON"),
-        ("[]", "case: must be an object"),
-        ({"questions": []}, "questions: must be a list"),
+        ("[]", "case=[]: must be a mapping with keys hpt, questions, actor, step"),
+        ({"questions": []}, "questions=[]: must be a list of at least 1"),
         ({"questions": [{"uid": "a"}]}, "questions[0]: has neither rollouts nor demos"),
         ({"questions": [CASE["questions"][0]] * 2}, "questions[1].uid='q1': an earlier question has it too"),
         (change(["hpt", "method"], "nope"), "hpt.method='nope' is unknown; one of"),
         (change(["hpt", "gate"], {"x": 1}), "hpt.gate.x: unknown key"),
-        (change(["hpt", "method"], "srft"), "questions[0].rollouts[0].entropy: method 'srft' needs it"),
-        (change(["questions", 0, "rollout"], []), "questions[0].rollout: unknown key; one of"),
+        (
+            {"hpt": {"method": "srft"}, "questions": CASE["questions"][1:]},
+            "questions[0].rollouts[0].entropy: missing; method 'srft' needs it",
+        ),
+        (
+            change(["questions", 0, "rollout"], []),
+            "questions[0].rollout: unknown key (value []); one of uid, source, rollouts",
+        ),
         (change(["questions", 0, "rollouts", 0, "length"], 0), "questions[0].rollouts[0].length=0"),
         (change(["questions", 0, "rollouts", 0, "reward"], "1"), "questions[0].rollouts[0].reward='1'"),
         (change(["questions", 0, "rollouts", 0, "log_prob"], [-1.0]), "rollouts[0].log_prob: 1 numbers for a row of 3"),
-        (change(["questions", 0, "rollouts", 0, "log_prob"], 0.5), "a log-probability is at most 0"),
-        (change(["questions", 0, "demos"], {}), "questions[0].demos: must be a list"),
-        (change(["actor"], {"clip": 1}), "actor.clip: unknown key; one of clip_ratio_c"),
-        (change(["actor"], {"clip_ratio_low": -1}), "actor.clip_ratio_low=-1.0: must be at least 0"),
-        (change(["actor"], {"clip_ratio_high": "x"}), "actor.clip_ratio_high='x': must be a finite number"),
-        (change(["actor"], {"clip_ratio_c": 1}), "actor.clip_ratio_c=1.0: must be above 1"),
+        (
+            change(["questions", 0, "rollouts", 0, "log_prob"], 0.5),
+            "log_prob=0.5: must be a number at most 0 or a list",
+        ),
+        (change(["questions", 0, "demos"], {}), "questions[0].demos={}: must be a list"),
+        (change(["actor"], {"clip": 1}), "actor.clip: unknown key (value 1); one of clip_ratio_low"),
+        (change(["actor"], {"clip_ratio_low": -1}), "actor.clip_ratio_low=-1: must be a number at least 0"),
+        (
+            change(["actor"], {"clip_ratio_high": "x"}),
+            "actor.clip_ratio_high='x': must be a number at least 0, got str",
+        ),
+        (change(["actor"], {"clip_ratio_c": 1}), "actor.clip_ratio_c=1: must be a number above 1"),
     ],
 )
 def test_a_wrong_case_gets_one_line_that_names_the_place(tmp_path, capsys, case, place):
     status, out, err = run(tmp_path, capsys, case)
     assert status == 2 and not out and place in err and len(err.strip().splitlines()) == 1 and "Traceback" not in err
+
+
+def test_every_problem_of_a_case_comes_at_once(tmp_path, capsys):
+    case = change(["questions", 0, "rollouts", 0, "length"], "3") | {
+        "hpt": {"seed": "x"},
+        "step": -1,
+        "actor": {"clip": 1},
+    }
+    _, _, err = run(tmp_path, capsys, case)
+    assert err.count("\n  - ") == 4
+    for problem in (
+        "hpt.seed='x'",
+        "case.step=-1",
+        "case.actor.clip: unknown key",
+        "rollouts[0].length='3': must be a whole",
+    ):
+        assert problem in err
+    _, _, err = run(tmp_path, capsys, change(["hpt"], {"method": "srft"}))
+    assert "questions[0].rollouts[0].entropy" in err and "questions[0].demos[0].entropy" in err, (
+        "the first of each kind"
+    )
+
+
+@pytest.mark.parametrize(
+    ("weights", "problem"),
+    [([1.0], "token_weights: 1 numbers for a row of 2"), ([0, 0], "token_weights=[0.0, 0.0]: one must be above 0"),
+     ([1, -1], "token_weights[1]=-1: must be a number at least 0")],
+)  # fmt: skip
+def test_token_weights_of_a_case_are_checked(tmp_path, capsys, weights, problem):
+    _, _, err = run(tmp_path, capsys, change(["questions", 0, "demos", 0, "token_weights"], weights))
+    assert problem in err
+    _, _, err = run(tmp_path, capsys, change(["questions", 0, "rollouts", 0, "token_weights"], 1.0))
+    assert "rollouts[0].token_weights=1.0: must be null" in err
 
 
 def test_a_file_that_is_not_there_and_an_unknown_command(capsys):

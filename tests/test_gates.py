@@ -86,7 +86,7 @@ def test_the_gate_closes_with_its_schedule():
     ("override", "message"),
     [
         ("++hpt.gate.threshold={start: 0.5, end: 0.1}", "hpt.gate.threshold: needs steps"),
-        ("++hpt.gate.threshold={start: 0.5, end: 0.1, steps: 0}", "hpt.gate.threshold.steps=0: must be at least 1"),
+        ("++hpt.gate.threshold={start: 0.5, end: 0.1, steps: 0}", "hpt.gate.threshold.steps=0: must be a whole number"),
         ("++hpt.gate.threshold={start: 0.5, end: 0.1, steps: 9, shape: square}", "one of linear, cosine"),
         ("++hpt.gate.threshold={from: 0.5}", "unknown key"),
         ("++hpt.gate.threshold=half", "must be a number or a schedule"),
@@ -168,3 +168,55 @@ def test_a_users_gate_can_stand_for_one_source(tmp_path, monkeypatch):
     monkeypatch.setitem(gate.GATES, "never_teach", lambda solved, n, settings: gate.RL)
     settings = settings_of("++hpt.gate.count=8", "++hpt.per_source={a/b:{gate:{function:never_teach}}}")
     assert zones(settings, [question("x", 0), question("y", 0, source="a/b")]) == ["demo", "rl"]
+
+
+# --- keyword arguments of a gate -------------------------------------------------------------------------------------
+
+
+def up_to(solved, n, settings, most, other=gate.RL):
+    return gate.DEMO if solved <= most else other
+
+
+def needs_nothing(solved, n, settings):
+    return gate.RL
+
+
+@pytest.fixture
+def of_mine(monkeypatch):
+    for function in (up_to, needs_nothing):
+        monkeypatch.setitem(gate.GATES, function.__name__, function)
+
+
+def test_keyword_arguments_of_a_gate_are_plain_values_of_the_config(of_mine):
+    settings = settings_of("++hpt.gate.function=up_to", "++hpt.gate.kwargs={most: 2}")
+    assert config.resolve_method(settings).name == "hpt"
+    assert settings.gate.at(1).kwargs == {"most": 2} and settings_of().gate.at(1).kwargs == {}
+
+
+def test_a_sources_arguments_are_its_own_and_go_with_the_general_function(of_mine):
+    general = ("++hpt.gate.function=up_to", "++hpt.gate.kwargs={most: 2}")
+    of_source = settings_of(
+        *general, "++hpt.per_source={a/b:{gate:{kwargs:{most:1}}},c:{gate:{threshold:0.5}}}"
+    ).per_source
+    assert (of_source["a/b"].gate.function, of_source["a/b"].gate.kwargs) == ("up_to", {"most": 1})
+    assert (of_source["c"].gate.function, of_source["c"].gate.kwargs) == (None, {})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["++hpt.gate.kwargs={most: 2}"], r"hpt\.gate\.kwargs is set, but no hpt\.gate\.function reads it"),
+        (["++hpt.per_source={a/b:{gate:{kwargs:{most:2}}}}"],
+         r"hpt\.per_source\.a/b\.gate\.kwargs is set, but no hpt\.per_source\.a/b\.gate\.function reads it"),
+        (["++hpt.gate.function=up_to"], r"kwargs={} does not fit .*'up_to', missing a required argument: 'most'"),
+        (["++hpt.gate.function=up_to", "++hpt.gate.kwargs={most: 1, mots: 2}"],
+         r"got an unexpected keyword argument 'mots'; it takes most, other; did you mean most\?"),
+        (["++hpt.gate.function=needs_nothing", "++hpt.gate.kwargs={k: 1}"],
+         r"hpt\.gate\.kwargs={'k': 1} does not fit hpt\.gate\.function='needs_nothing', .* it takes none"),
+        (["++hpt.gate.function=up_to", "++hpt.gate.kwargs={n: 1}"], r"multiple values for argument 'n'"),
+        (["++hpt.gate.function=up_to", "++hpt.gate.kwargs=2"], r"hpt\.gate\.kwargs=2: must be a mapping, got int"),
+    ],
+)  # fmt: skip
+def test_arguments_that_no_gate_takes_are_refused(of_mine, overrides, message):
+    with pytest.raises(UserError, match=message):
+        config.resolve_method(settings_of(*overrides))

@@ -384,10 +384,10 @@ def test_an_early_gate_that_spares_nothing_is_refused(rollouts, n):
 @pytest.mark.parametrize(
     ("node", "message"),
     [
-        ({"retire_after": 0}, "retire_after=0: must be null or at least 1"),
-        ({"cooldown": -1}, "cooldown=-1: must be at least 0"),
-        ({"early_gate": {"after_failures": 0}}, "after_failures=0: must be at least 1"),
-        ({"early_gate": {"after_failures": 1, "rollouts": 0}}, "rollouts=0: must be at least 1"),
+        ({"retire_after": 0}, "retire_after=0: must be null or a whole number at least 1"),
+        ({"cooldown": -1}, "cooldown=-1: must be a whole number at least 0"),
+        ({"early_gate": {"after_failures": 0}}, "after_failures=0: must be a whole number at least 1"),
+        ({"early_gate": {"after_failures": 1, "rollouts": 0}}, "rollouts=0: must be a whole number at least 1"),
         ({"early_gate": {"rollouts": 2}}, "hpt.history.early_gate: needs after_failures"),
         ({"early_gate": {"after_failures": 1, "rollouts": 4}}, "spares nothing"),
         ({"retire_afer": 1}, "unknown key"),

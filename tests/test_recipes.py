@@ -7,6 +7,7 @@ checks have their say. No model, no Ray.
 
 import dataclasses
 import inspect
+import itertools
 import json
 import os
 import shutil
@@ -191,16 +192,18 @@ def check(overrides: list[str], base):
     for node in (composed.actor_rollout_ref.rollout, composed.algorithm):
         omega_conf_to_dataclass(node)
     if composed.algorithm.adv_estimator == "hpt":
-        settings = settings_of(composed)
-        method = config.resolve_method(settings)
-        refusals.refuse(composed, settings, method, has_reference=has_reference, has_critic=has_critic)
+        refusals.settle(composed, node_of(composed), has_reference=has_reference, has_critic=has_critic)
     else:
         assert "hpt" not in composed, "settings of ours in a run that is not ours"
     return composed
 
 
+def node_of(composed):
+    return OmegaConf.to_container(composed.hpt, resolve=True) if "hpt" in composed else None
+
+
 def settings_of(composed):
-    return config.load(OmegaConf.to_container(composed.hpt, resolve=True) if "hpt" in composed else None)
+    return config.load(node_of(composed))
 
 
 # --- the paper's models ----------------------------------------------------------------------------------------------
@@ -247,7 +250,7 @@ def test_the_published_codes_behaviour_by_one_switch(model, method, bench, base)
             tokens = Tokens(
                 log_prob, torch.ones(1, 5, dtype=torch.bool), torch.tensor([[advantage]]), torch.ones(1, 1),
                 torch.ones(1, 1, dtype=torch.bool), old_log_prob=torch.full((1, 5), old),
-                constants=config.constants(settings, actor.clip_ratio_low, actor.clip_ratio_high, actor.clip_ratio_c),
+                constants=config.constants(settings, **config.clips(actor)),
             )  # fmt: skip
             assert ppo_clip(tokens)[0].all(), "the clip fired"
 
@@ -420,7 +423,7 @@ def test_a_cpu_recipe_composes_and_passes_every_check(recipe, method, bench, bas
         ("+ray_kwargs.ray_init.no_such_key=1", "ray.init has no 'no_such_key'"),
         ("++hpt.no_such_key=1", "hpt.no_such_key: unknown key"),
         ("++hpt.method=no_such_method", "'no_such_method' is unknown"),
-        ("++hpt.demo_coef=-1", "must be at least 0"),
+        ("++hpt.demo_coef=-1", "at least 0: λ"),
         ("algorithm.filter_groups.enable=True", "evicts the questions"),
         ("actor_rollout_ref.actor.use_dynamic_bsz=False", "micro_batch_size"),
     ],
@@ -441,3 +444,9 @@ def test_every_recipe_has_a_header_and_is_named_here():
         header = (RECIPES / f"{name}.sh").read_text().split("set -euo pipefail")[0]
         for word in ("Hardware", "Time", "Versions", "Expect", f"bash recipes/{name}.sh"):
             assert word in header, f"recipes/{name}.sh: no {word!r} in its header"
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.sh")), ids=lambda path: path.stem)
+def test_a_header_is_short(recipe):
+    header = list(itertools.takewhile(lambda line: line.startswith("#"), recipe.read_text().splitlines()))
+    assert len(header) <= 15 and max(map(len, header)) <= 120

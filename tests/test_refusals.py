@@ -57,7 +57,7 @@ def refused(*overrides: str, **has) -> str:
          f"{ACTOR}.clip_ratio_low=0"),
         (f"{ACTOR}.clip_ratio_high=nan", f"{ACTOR}.clip_ratio_high=nan: must be a number at least 0",
          f"{ACTOR}.clip_ratio_high=0"),
-        (f"{ACTOR}.clip_ratio_high=much", f"{ACTOR}.clip_ratio_high=much: must be a number at least 0",
+        (f"{ACTOR}.clip_ratio_high=much", f"{ACTOR}.clip_ratio_high='much': must be a number at least 0",
          f"{ACTOR}.clip_ratio_high=1e9"),
         (f"{ACTOR}.clip_ratio_high=inf", f"{ACTOR}.clip_ratio_high=inf: must be a number at least 0",
          f"{ACTOR}.clip_ratio_high=1e9"),
@@ -101,6 +101,17 @@ def test_all_refusals_come_at_once():
     text = refused("distillation.enabled=True", f"{ACTOR}.shuffle=True", "++hpt.method=poft")
     assert text.startswith("verl-hpt refuses this config:\n  - ") and text.count("\n  - ") == 3
     assert "distillation.enabled" in text and "actor.shuffle" in text and "hpt.demo.other_log_prob" in text
+
+
+def test_problems_of_settings_method_and_verls_config_are_one_list():
+    text = refused(f"{ACTOR}.shuffle=True", "++hpt.method=hptt", "++hpt.gate.kwargs={k:1}", "++hpt.modules=[no_module]")
+    for problem in (f"{ACTOR}.shuffle=True", "hpt.method='hptt' is unknown", "hpt.gate.kwargs is set", "'no_module'"):
+        assert problem in text
+    assert text.count("\n  - ") == 4
+    text = refused(f"{ACTOR}.shuffle=True", "++hpt.method=sft", "++hpt.gate.threshold=0.5", "++hpt.gate.soft=linear")
+    assert "hpt.gate is set, but method sft" in text and "hpt.gate.soft is set" in text and "shuffle=True" in text
+    text = refused(f"{ACTOR}.shuffle=True", "++hpt.seed=x")
+    assert "hpt.seed='x': must be a whole number" in text and "shuffle=True" in text
 
 
 # --- methods and settings --------------------------------------------------------------------------------------------

@@ -42,12 +42,15 @@ def test_schedules_come_from_the_config_for_the_coefficient_and_the_gate():
 @pytest.mark.parametrize(
     ("node", "message"),
     [
-        ({"demo_coef": {"start": 0.1, "end": -0.1, "steps": 5}}, r"hpt\.demo_coef=.*: must be at least 0"),
-        ({"demo_coef": {"start": 0.1, "end": 0.2, "steps": 0}}, r"hpt\.demo_coef\.steps=0: must be at least 1"),
+        ({"demo_coef": {"start": 0.1, "end": -0.1, "steps": 5}}, r"hpt\.demo_coef=.*: must be .*, at least 0: λ"),
+        (
+            {"demo_coef": {"start": 0.1, "end": 0.2, "steps": 0}},
+            r"demo_coef\.steps=0: must be a whole number at least 1",
+        ),
         ({"demo_coef": {"start": 0.1, "end": 0.2}}, r"hpt\.demo_coef: needs steps"),
         (
             {"demo_coef": {"start": 0.1, "end": 0.2, "steps": 5, "warmup": -1}},
-            r"hpt\.demo_coef\.warmup=-1: must be at least 0",
+            r"hpt\.demo_coef\.warmup=-1: must be a whole number at least 0",
         ),
         (
             {"gate": {"threshold": {"start": 0.1, "end": 0.2, "steps": 5, "shape": "sudden"}}},

@@ -284,6 +284,5 @@ def test_a_model_is_asked_once_and_only_about_questions_with_a_choice():
     ],
 )
 def test_settings_that_have_nothing_to_work_on_are_refused(node, message):
-    settings = config.load(node)
     with pytest.raises(UserError, match=message):
-        refusals.refuse(compose(), settings, config.resolve_method(settings), has_reference=False, has_critic=False)
+        refusals.settle(compose(), node, has_reference=False, has_critic=False)

@@ -14,6 +14,10 @@ COMMANDS = {
         "verl_hpt.tools.methods",
         "the table of methods with formulas and sources; --plot FILE draws weights",
     ),
+    "settings": (
+        "verl_hpt.tools.settings",
+        "every key of hpt.*: default, meaning, what it may be; --json for machines",
+    ),
     "doctor": ("verl_hpt.tools.doctor", "check the installation; --ray also looks into a worker process"),
     "data": (
         "verl_hpt.data.commands",

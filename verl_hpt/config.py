@@ -1,42 +1,47 @@
 """The settings, node ``hpt`` of verl's config: typed, checked once before any model loads, turned into plain values.
 
-Nothing behind this file sees a config object: the plan gets ``PlanSettings``, the worker ``LossSpec``.
+Nothing behind this file sees a config object: the plan gets ``PlanSettings``, the worker ``LossSpec``. Every key's
+type, bounds, default and meaning stand at the key; ``verl-hpt settings`` prints them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
 
+from verl_hpt.checked import checked, nearest, read, setting
 from verl_hpt.demos.demonstration import COLUMNS
 from verl_hpt.errors import UserError, raise_all
 from verl_hpt.estimator import Method, Term
-from verl_hpt.gate import GATES, GateSettings, Outcome, ask
+from verl_hpt.gate import GATES, GateSettings, Outcome, arguments, ask
 from verl_hpt.methods import METHODS, OFF_ZONE, estimator_of
 from verl_hpt.normalize import NORMALIZATIONS
-from verl_hpt.parts import RANGES, Constants
-from verl_hpt.typed import WRONG, build, nearest
+from verl_hpt.parts import Constants
+
+Normalization = Literal[NORMALIZATIONS]
 
 
-@dataclass(frozen=True)
+@checked
 class Schedule:
-    """A number that changes over steps: from start at step 0 to end at step ``steps``, then end.
+    """A number that changes over steps: from start at step 0 to end at step ``steps``, then end."""
 
-    shape "step" is start up to and with step ``steps`` and end after it. warmup: steps over which it first rises from 0
-    to start, in a line; ``steps`` counts after them.
-    """
+    start: float = setting(..., "at step 0")
+    end: float = setting(..., "from step `steps` on")
+    steps: int = setting(..., "how many steps the change takes, after the warm-up", ge=1)
+    shape: Literal["linear", "cosine", "step"] = setting(
+        "linear", "`step`: start up to and with step `steps`, then end"
+    )
+    warmup: int = setting(0, "steps over which it first rises from 0 to start, in a line", ge=0)
 
-    start: float
-    end: float
-    steps: int
-    shape: Literal["linear", "cosine", "step"] = "linear"
-    warmup: int = 0
+    def __ge__(self, bound: float) -> bool:
+        """A bound of a setting holds for both ends of its schedule."""
+        return min(self.start, self.end) >= bound
 
     def at(self, step: int) -> float:
         """The number at a step; verl's first is 1."""
@@ -56,152 +61,197 @@ def at(value: float | Schedule | None, step: int) -> float | None:
     return value.at(step) if isinstance(value, Schedule) else value
 
 
-@dataclass(frozen=True)
+@checked
 class Gate:
-    """When a question learns from its demonstration instead of its rollouts.
+    """When a question learns from its demonstration instead of its rollouts."""
 
-    threshold: γ, solved ≤ γ·n; count: the same as a number of rollouts; success: score from which a rollout counts as
-    solved; finished: a rollout that was cut at the length limit never counts as solved; metric: a key of the reward
-    function's extra info that is compared with success in place of the score; off: upper bound, a share, of the zone
-    trained off-policy on the demonstration; soft: table of (on, off, sft) by number solved, or a name: linear, cosine,
-    or one of your own; function, and such names of your own: registered with ``verl_hpt.gate.register_gate``.
-    """
+    threshold: float | Schedule = setting(0.0, "γ: imitate where solved ≤ γ·n; below 0 never, from 1 on always")
+    count: int | None = setting(None, "the same as a number of rollouts; below 0 never")
+    success: float = setting(1.0, "score from which a rollout counts as solved")
+    finished: bool = setting(True, "a rollout that was cut at the length limit never counts as solved")
+    metric: str | None = setting(None, "key of the reward's extra info that is compared with success, not the score")
+    off: float | Schedule | None = setting(None, "upper bound, a share, of the zone trained off-policy on the demo")
+    soft: list[list[float]] | str | None = setting(
+        None,
+        "of hpt_soft: a table of (on, off, sft) by number solved, `linear`, `cosine`, a gate of yours; null: HPT's",
+    )
+    function: str | None = setting(None, "a gate of your own, registered with verl_hpt.register_gate")
+    kwargs: dict[str, Any] = setting(dict, "keyword arguments of hpt.gate.function")
 
-    threshold: float | Schedule = 0.0
-    count: int | None = None
-    success: float = 1.0
-    finished: bool = True
-    metric: str | None = None
-    off: float | Schedule | None = None
-    soft: list[list[float]] | str | None = None
-    function: str | None = None
+    def __post_init__(self):
+        table = self.soft if isinstance(self.soft, list) else [[0.0] * 3] * 2
+        if len(table) < 2 or not all(len(row) == 3 and min(row) >= 0 for row in table):
+            raise ValueError(f"soft={table!r}: must be a table of at least two rows (on, off, sft), none negative")
 
     def at(self, step: int) -> GateSettings:
         """The plain numbers of one step."""
-        soft = tuple(tuple(row) for row in self.soft) if isinstance(self.soft, list) else self.soft
-        threshold, off = at(self.threshold, step), at(self.off, step)
-        return GateSettings(threshold, self.count, self.success, off, soft, self.function, self.finished)
+        values = {f.name: at(getattr(self, f.name), step) for f in dataclasses.fields(GateSettings)}
+        table = values["soft"]
+        return GateSettings(**{**values, "soft": tuple(map(tuple, table)) if isinstance(table, list) else table})
 
 
-@dataclass(frozen=True)
+@checked
 class Rollouts:
     """What becomes of rollouts that were cut at the length limit.
 
-    truncated: "keep" them as they are; count them as "unsolved", in the gate and in Â; or "mask" them: Â is made with
-    them counted as unsolved, then they are dropped from the update (DAPO's overlong filtering, arXiv 2503.14476,
-    section 3.4, which drops them first: then Â is 0 where all that finished are right).
+    "mask": Â is made with them counted as unsolved, then they are dropped. DAPO's overlong filtering (arXiv 2503.14476,
+    section 3.4) drops them first: then Â is 0 where all that finished are right.
     """
 
-    truncated: Literal["keep", "unsolved", "mask"] = "keep"
+    truncated: Literal["keep", "unsolved", "mask"] = setting(
+        "keep", "cut rollouts: keep; count as unsolved (in Â: 0, or the group's lowest below 0); or mask, drop after Â"
+    )
 
 
-@dataclass(frozen=True)
+@checked
 class Demo:
     """Where demonstrations come from, and which of them are used.
 
-    key: column with the demonstration (a string, chat messages, or a list of either); reward: what a demonstration
-    counts as where a method needs it, a number or a column (null: ``gate.success``); eos: id of the end token (null:
-    the tokenizer's); on_unusable: "keep" the question's rollouts, or stop with an "error"; per_question: how many of a
-    question's demonstrations are used at once, chosen by ``select``; likelihood_of: whose mean log-likelihood a token
-    ``select=likelihood`` compares: the column ``log_likelihood``, or the ``policy`` as it is at the step, or verl's
-    frozen ``reference`` model, both by a forward pass over the candidates.
-
-    Columns, each with one value for a row with one demonstration or a list with one for each: log_likelihood,
-    other_log_prob: a number; token_weights: a weight for each token, EOS included; teacher_log_prob: log π of the
-    model that wrote it, for each token, EOS included (any number on what tools say); source: text, for metrics.
+    A column holds one value for a row with one demonstration, or a list with one for each.
     """
 
-    key: str = "target"
-    reward: float | str | None = None
-    eos: int | None = None
-    on_unusable: Literal["keep", "error"] = "keep"
-    per_question: int = 1
-    select: Literal["first", "random", "round_robin", "shortest", "likelihood", "unseen_first"] = "first"
-    likelihood_of: Literal["column", "policy", "reference"] = "column"
-    log_likelihood: str | None = None
-    other_log_prob: str | None = None
-    token_weights: str | None = None
-    teacher_log_prob: str | None = None
-    source: str | None = None
+    key: str = setting("target", "column with demonstrations: a string, chat messages, or a list of either")
+    reward: float | str | None = setting(
+        None, "what one counts as, a number or a column; null: gate.success, in a group at least the group's best"
+    )
+    eos: int | None = setting(None, "id of the token that ends an answer; null: the tokenizer's")
+    on_unusable: Literal["keep", "error"] = setting("keep", "keep the question's rollouts, or stop with an error")
+    per_question: int = setting(1, "how many of a question's demonstrations are used at once", ge=1)
+    select: Literal["first", "random", "round_robin", "shortest", "likelihood", "unseen_first"] = setting(
+        "first", "which of them; likelihood: the likeliest a token (GRAPE)"
+    )
+    likelihood_of: Literal["column", "policy", "reference"] = setting(
+        "column",
+        "whose likelihood: a column's, or by a forward pass the policy's at the step or verl's reference model's",
+    )
+    log_likelihood: str | None = setting(
+        None, "that column: mean log-prob a token; `verl-hpt data likelihood IN OUT --model M` writes it"
+    )
+    other_log_prob: str | None = setting(None, "column: the same under other models, for poft")
+    token_weights: str | None = setting(
+        None, "column: a weight for each token, EOS included; they are relative (mean 1 over what learns)"
+    )
+    teacher_log_prob: str | None = setting(
+        None, "column: log π of its author for each token, EOS included; the reference `teacher` divides by it"
+    )
+    source: str | None = setting(None, "column: who wrote it, counted in hpt/demo_source/<name>")
+
+    def __post_init__(self):
+        if self.select == "likelihood" and self.likelihood_of == "column" and self.log_likelihood is None:
+            raise ValueError(
+                "log_likelihood=null: must be the column that hpt.demo.select=likelihood compares (`verl-hpt data "
+                "likelihood` writes one); or set hpt.demo.likelihood_of to policy or reference"
+            )
 
     def columns(self) -> dict[str, str]:
         """The columns beside the demonstrations' own."""
         return {name: getattr(self, name) for name in COLUMNS if isinstance(getattr(self, name), str)}
 
 
-@dataclass(frozen=True)
+@checked
 class EarlyGate:
-    """Questions of which no rollout was solved in ``after_failures`` draws in a row get ``rollouts`` rollouts."""
+    """Fewer rollouts for questions of which no rollout was solved in several draws in a row."""
 
-    after_failures: int
-    rollouts: int = 1
+    after_failures: int = setting(..., "draws in a row without a solved rollout", ge=1)
+    rollouts: int = setting(1, "rollouts that such a question gets", ge=1)
 
 
-@dataclass(frozen=True)
+@checked
 class History:
-    """What follows from a question's history.
+    """What follows from a question's history."""
 
-    retire_after: uses after which a demonstration is retired (its question keeps its rollouts); cooldown: steps that a
-    question's demonstrations rest after a use; early_gate: fewer rollouts where all failed so often; on_missing: what
-    to do when a run is resumed from a checkpoint without a history although a setting depends on it.
-    """
-
-    retire_after: int | None = None
-    cooldown: int = 0
-    early_gate: EarlyGate | None = None
-    on_missing: Literal["error", "empty"] = "error"
+    retire_after: int | None = setting(None, "uses after which a demonstration is retired for the question", ge=1)
+    cooldown: int = setting(0, "steps that a question's demonstrations rest after a use", ge=0)
+    early_gate: EarlyGate | None = setting(None, "fewer rollouts for questions that failed so often in a row")
+    on_missing: Literal["error", "empty"] = setting(
+        "error",
+        "resumed without a history that settings need, or whose questions are named otherwise: stop, or start empty",
+    )
 
 
-@dataclass(frozen=True)
+@checked
 class SourceSettings:
     """What may differ for one data source."""
 
-    gate: Gate = field(default_factory=Gate)
+    gate: Gate = setting(Gate, "hpt.gate under this source's own keys")
 
 
-@dataclass(frozen=True)
+@checked
 class ComposedTerm:
-    """A term on demonstrations. estimator: as a composed method's rollouts; the advantage is unit by default, except
-    that an R term's parts without one have ``centered``."""
+    """A term on demonstrations."""
 
-    kind: Literal["S", "R"]
-    scale: float = 1.0
-    estimator: str | dict[str, str] = field(default_factory=lambda: {"advantage": "unit"})
+    kind: Literal["S", "R"] = setting(..., "S imitates, R reinforces")
+    scale: float = setting(1.0, "its weight; or leave the term out", gt=0)
+    estimator: str | dict[str, str] = setting(
+        lambda: {"advantage": "unit"}, "as of rollouts, advantage unit by default; parts of an R term: centered"
+    )
 
 
-@dataclass(frozen=True)
+@checked
 class Compose:
-    """A method put together by hand: estimators by name or by their four parts.
+    """A method put together by hand."""
 
-    rollouts: a method's name or {mask, reference, advantage, likelihood}; demos: a list of
-    {kind: S | R, scale: 1.0, estimator: as rollouts}.
-    """
+    rollouts: str | dict[str, str] | None = setting(
+        "dr_grpo", "a method's name, or {mask, reference, advantage, likelihood}; null: no term on rollouts"
+    )
+    demos: list[ComposedTerm] = setting(list, "terms on demonstrations, one S and one R at most")
+    place: Literal["separate", "group"] = setting(
+        "separate", "group: a demonstration is a member of the rollouts' group"
+    )
+    when: Literal["gate", "always", "never", "soft", "unrewarded", "own"] = setting("gate", "when demonstrations train")
+    normalization: Normalization = setting("question", "as hpt.normalization")
 
-    rollouts: str | dict[str, str] | None = "dr_grpo"
-    demos: list[ComposedTerm] = field(default_factory=list)
-    place: Literal["separate", "group"] = "separate"
-    when: Literal["gate", "always", "never", "soft", "unrewarded", "own"] = "gate"
-    normalization: str = "question"
+
+def _constants_as(name: str, keys: Mapping[str, str]) -> type:
+    """Constants as a node of settings, under the keys given."""
+    of = {f.name: dataclasses.field(default=f.default, metadata=f.metadata) for f in dataclasses.fields(Constants)}
+    values = {new: of[old] for new, old in keys.items()}
+    return checked(type(name, (), {"__annotations__": dict.fromkeys(keys, float), **values}))
 
 
-@dataclass(frozen=True)
+# verl's own constants, of ``actor.*``; the others are of ``hpt.options``.
+CLIPS = {"clip_ratio_low": "clip_low", "clip_ratio_high": "clip_high", "clip_ratio_c": "clip_c"}
+Clips = _constants_as("Clips", CLIPS)
+Options = _constants_as(
+    "Options", {f.name: f.name for f in dataclasses.fields(Constants) if f.name not in CLIPS.values()}
+)
+
+
+@checked
 class Settings:
-    """Node ``hpt``. Defaults are right without reading; see the README for each."""
+    """Node ``hpt``."""
 
-    method: str = "hpt"
-    normalization: str | None = None
-    demo_coef: float | Schedule = 0.1
-    rl_length_scale: float | None = None
-    question_key: str | None = None
-    modules: list[str] = field(default_factory=list)
-    compose: Compose | None = None
-    options: dict[str, float] = field(default_factory=dict)
-    gate: Gate = field(default_factory=Gate)
-    per_source: dict[str, SourceSettings] = field(default_factory=dict)
-    demo: Demo = field(default_factory=Demo)
-    rollouts: Rollouts = field(default_factory=Rollouts)
-    history: History = field(default_factory=History)
-    seed: int = 0
+    method: str = setting("hpt", "a row of `verl-hpt methods`")
+    normalization: Normalization | None = setting(None, "how a row's tokens are weighted; null: the method's own")
+    demo_coef: float | Schedule = setting(0.1, "λ, weight of SFT-shaped terms; see metric hpt/demo_to_rl_weight", ge=0)
+    rl_length_scale: float | None = setting(
+        None, "L of normalization `question` and `official`; null: data.max_response_length", gt=0
+    )
+    question_key: str | None = setting(
+        None, "column that names a question, for histories where prompts hold the date; null: hash of source and prompt"
+    )
+    modules: list[str] = setting(list, "modules of your own to import, here and in the workers")
+    compose: Compose | None = setting(None, "a method put together from its parts, in place of hpt.method")
+    options: Options = setting(Options, "constants of the methods")
+    gate: Gate = setting(Gate, "when a question learns from its demonstration instead of its rollouts")
+    per_source: dict[str, SourceSettings] = setting(
+        dict, "the gate of a data source: '++hpt.per_source={openai/gsm8k:{gate:{threshold:0.25}}}'"
+    )
+    demo: Demo = setting(Demo, "where demonstrations come from, and which of them are used")
+    rollouts: Rollouts = setting(Rollouts, "what becomes of rollouts that were cut")
+    history: History = setting(History, "what follows from a question's history")
+    seed: int = setting(0, "of the order of questions and of the choice of demonstrations")
+
+    def __post_init__(self):
+        problems = [
+            f"modules={name!r}: must be names of modules, as in import"
+            for name in self.modules
+            if not all(part.isidentifier() for part in name.split("."))
+        ]
+        if self.compose is not None and self.method != "hpt":
+            problems.append(f"method={self.method!r}: must be left out where hpt.compose puts a method together")
+        if problems:
+            raise ValueError("\n".join(problems))
 
 
 def load(node: Mapping | None) -> Settings:
@@ -210,7 +260,14 @@ def load(node: Mapping | None) -> Settings:
     Raises:
         UserError: every unknown or ill-typed key and every value out of its range: the key, the value, the choices.
     """
-    node, problems = {} if node is None else node, []
+    settings, problems = parse(node)
+    raise_all(problems, "these settings cannot work:")
+    return settings
+
+
+def parse(node: Mapping | None) -> tuple[Settings | None, list[str]]:
+    """As ``load``; or None, and the problems."""
+    node = {} if node is None else node
     if isinstance(node, Mapping) and isinstance(node.get("per_source"), Mapping):
         sources = {
             source: {**own, "gate": _over(node.get("gate", {}), own.get("gate", {}))}
@@ -219,11 +276,7 @@ def load(node: Mapping | None) -> Settings:
             for source, own in node["per_source"].items()
         }
         node = {**node, "per_source": sources}
-    settings = build(Settings, node, "hpt", problems)
-    if settings is not WRONG:
-        _check(settings, problems)
-    raise_all(problems, "these settings cannot work:")
-    return settings
+    return read(Settings, node, "hpt")
 
 
 def _over(general: Any, own: Any) -> Any:
@@ -231,50 +284,90 @@ def _over(general: Any, own: Any) -> Any:
     if not isinstance(general, Mapping) or not isinstance(own, Mapping):
         return own
     switch = {"threshold", "count", "function"}
-    return {key: value for key, value in general.items() if not (switch & own.keys() and key in switch)} | {**own}
+    replaced = switch | {"kwargs"} if switch & own.keys() else set()
+    return {name: value for name, value in general.items() if name not in replaced} | {**own}
+
+
+def gates(settings: Settings) -> dict[str, Gate]:
+    """Every gate by its key."""
+    sources = {f"hpt.per_source.{source}.gate": own.gate for source, own in settings.per_source.items()}
+    return {"hpt.gate": settings.gate, **sources}
 
 
 def resolve_method(settings: Settings) -> Method:
     """The method that the settings name or compose, with user modules imported and ``gate.off``'s zone added.
 
     Raises:
-        UserError: a module that does not import, an unknown method or part.
+        UserError: every module that does not import, an unknown method or part, gates that do not fit it.
     """
+    method, problems = find_method(settings)
+    raise_all(problems, f"method {settings.method!r} and its gates do not fit:")
+    return method
+
+
+def find_method(settings: Settings) -> tuple[Method | None, list[str]]:
+    """As ``resolve_method``, with the problems beside it; None where there is no such method."""
+    method, problems = None, []
     for module in settings.modules:
         try:
             importlib.import_module(module)
         except ImportError as error:
-            raise UserError(f"hpt.modules: cannot import {module!r} ({error}); is it on PYTHONPATH?") from error
-    if settings.compose is not None:
-        method = _composed(settings.compose)
-    elif settings.method in METHODS:
-        method = METHODS[settings.method]
+            problems.append(f"hpt.modules: cannot import {module!r} ({error}); is it on PYTHONPATH?")
+    try:
+        method = METHODS.get(settings.method) if settings.compose is None else _composed(settings.compose)
+    except UserError as error:
+        problems.append(str(error))
     else:
-        raise UserError(f"hpt.method={settings.method!r} is unknown; one of {', '.join(METHODS)}")
-    gates, problems = [settings.gate, *(own.gate for own in settings.per_source.values())], []
-    if any(gate.off is not None for gate in gates):
-        if method.when != "gate":
-            raise UserError(f"hpt.gate.off is set, but method {method.name!r} has no gate (when={method.when!r})")
-        method = dataclasses.replace(method, off_zone=method.term("R") or OFF_ZONE)
-    for gate in gates:
-        for key, name in (("function", gate.function), ("soft", gate.soft)):
-            if isinstance(name, str) and name not in GATES:
-                problems.append(
-                    f"hpt.gate.{key}={name!r} is not registered; known: {', '.join(GATES)}. Name the module that "
-                    "registers it in hpt.modules"
-                )
-        if gate.function in GATES:
-            first = ask(gate.function, Outcome(np.zeros(1), gate.at(0)))
-            terms = (method.term("R") if first.off else None, method.term("S") if first.sft else None)
-            if (first.off or first.sft) and not first.on and not any(terms):
-                problems.append(
-                    f"hpt.gate.function={gate.function!r} gives an unsolved question a share of a term that method "
-                    f"{method.name!r} has not (off {first.off:g}: R, sft {first.sft:g}: S), and it would be dropped"
-                )
-    if any(gate.soft is not None for gate in gates) and method.when != "soft":
-        problems.append(f"hpt.gate.soft is set, but method {method.name!r} does not read it; set hpt.method=hpt_soft")
-    raise_all(list(dict.fromkeys(problems)), f"method {method.name!r} and its gates do not fit:")
-    return method
+        if method is None:
+            problems.append(f"hpt.method={settings.method!r} is unknown; one of {', '.join(METHODS)}")
+    if method is not None and any(gate.off is not None for gate in gates(settings).values()):
+        if method.when == "gate":
+            method = dataclasses.replace(method, off_zone=method.term("R") or OFF_ZONE)
+        else:
+            problems.append(f"hpt.gate.off is set, but method {method.name!r} has no gate (when={method.when!r})")
+    general = list(_gate_problems(settings.gate, method))
+    problems += general
+    for where, gate in gates(settings).items():
+        problems += [text.replace("hpt.gate", where) for text in _gate_problems(gate, method) if text not in general]
+    return method, problems
+
+
+def _gate_problems(gate: Gate, method: Method | None) -> Iterator[str]:
+    """Names that are not registered, arguments that nothing takes, terms that the method has not."""
+    for name, value in (("function", gate.function), ("soft", gate.soft)):
+        if isinstance(value, str) and value not in GATES:
+            yield (
+                f"hpt.gate.{name}={value!r} is not registered; known: {', '.join(GATES)}. Name the module that "
+                "registers it in hpt.modules"
+            )
+    key, name = ("function", gate.function) if gate.function is not None else ("soft", gate.soft)
+    if gate.kwargs and not isinstance(name, str):
+        yield "hpt.gate.kwargs is set, but no hpt.gate.function reads it; name one, or drop it"
+    if method is not None and gate.soft is not None and method.when != "soft":
+        yield f"hpt.gate.soft is set, but method {method.name!r} does not read it; set hpt.method=hpt_soft"
+    if not isinstance(name, str) or name not in GATES:
+        return
+    signature, unsolved = inspect.signature(GATES[name]), Outcome(np.zeros(1), gate.at(0))
+    positional = arguments(GATES[name], unsolved)
+    try:
+        signature.bind(*positional, **gate.kwargs)
+    except TypeError as error:
+        takes = list(signature.parameters)[len(positional) :]
+        near = "".join(nearest(name, takes) for name in gate.kwargs if name not in takes)
+        yield (
+            f"hpt.gate.kwargs={gate.kwargs!r} does not fit hpt.gate.{key}={name!r}, {error}; it takes "
+            f"{', '.join(takes) or 'none'}{near}"
+        )
+        return
+    if gate.function is None:
+        return
+    first = ask(gate.function, unsolved)
+    terms = () if method is None else (first.off and method.term("R"), first.sft and method.term("S"))
+    if terms and (first.off or first.sft) and not first.on and not any(terms):
+        yield (
+            f"hpt.gate.function={gate.function!r} gives an unsolved question a share of a term that method "
+            f"{method.name!r} has not (off {first.off:g}: R, sft {first.sft:g}: S), and it would be dropped"
+        )
 
 
 def clips(actor: Mapping) -> dict[str, Any]:
@@ -288,9 +381,9 @@ def clips(actor: Mapping) -> dict[str, Any]:
     }
 
 
-def constants(settings: Settings, clip_low: float = 0.2, clip_high: float = 0.2, clip_c: float = 3.0) -> Constants:
-    """Numbers of the methods: clip range from verl's ``actor.*``, the rest from ``hpt.options``."""
-    return Constants(clip_low=clip_low, clip_high=clip_high, clip_c=clip_c, **settings.options)
+def constants(settings: Settings, **clip: float) -> Constants:
+    """Numbers of the methods: clip range as of ``clips``, the rest from ``hpt.options``."""
+    return Constants(**vars(settings.options), **clip)
 
 
 def _composed(compose: Compose) -> Method:
@@ -307,70 +400,6 @@ def _composed(compose: Compose) -> Method:
     except ValueError as error:
         said = str(error)
         raise UserError(said if said.startswith("hpt.") else f"hpt.compose: {said}") from error
-
-
-def _check(settings: Settings, problems: list[str]) -> None:
-    """Ranges and choices that types do not say; problems gains those of keys that it does not name yet."""
-    named = tuple(problems)
-
-    def need(ok: bool, key: str, value: Any, what: str) -> None:
-        if not ok and not any(problem.startswith(tuple(f"hpt.{key}{end}" for end in "=.[:")) for problem in named):
-            problems.append(f"hpt.{key}={value!r}: must be {what}")
-
-    need(
-        settings.normalization in (None, *NORMALIZATIONS),
-        "normalization", settings.normalization, f"null or one of {', '.join(NORMALIZATIONS)}",
-    )  # fmt: skip
-    need(all(x >= 0 for x in _numbers(settings.demo_coef)), "demo_coef", settings.demo_coef, "at least 0")
-    _check_schedule(need, "demo_coef", settings.demo_coef)
-    scale = settings.rl_length_scale
-    need(scale is None or scale > 0, "rl_length_scale", scale, "null (data.max_response_length) or above 0")
-    allowed = {f.name for f in dataclasses.fields(Constants)} - {"clip_low", "clip_high", "clip_c"}
-    for name, value in settings.options.items():
-        choices = f"one of {', '.join(sorted(allowed))}{nearest(name, allowed)}"
-        ok, what = RANGES[name] if name in allowed else (lambda _: False, choices)
-        need(ok(value), f"options.{name}", value, what)
-    for name in settings.modules:
-        need(all(part.isidentifier() for part in name.split(".")), "modules", name, "names of modules, as in import")
-    if settings.compose is not None:
-        need(settings.method == "hpt", "method", settings.method, "left out where hpt.compose puts a method together")
-        need(settings.compose.normalization in NORMALIZATIONS, "compose.normalization", settings.compose.normalization,
-             f"one of {', '.join(NORMALIZATIONS)}")  # fmt: skip
-        for i, term in enumerate(settings.compose.demos):
-            need(term.scale > 0, f"compose.demos[{i}].scale", term.scale, "above 0; or leave the term out")
-    for where, gate in [("gate", settings.gate)] + [
-        (f"per_source.{s}.gate", o.gate) for s, o in settings.per_source.items()
-    ]:
-        if isinstance(gate.soft, list):
-            need(len(gate.soft) >= 2 and all(len(row) == 3 and min(row) >= 0 for row in gate.soft), f"{where}.soft",
-                 gate.soft, "a table of at least two rows (on, off, sft), none negative")  # fmt: skip
-        for name in ("threshold", "off"):
-            value = getattr(gate, name)
-            _check_schedule(need, f"{where}.{name}", value)
-    need(settings.demo.per_question >= 1, "demo.per_question", settings.demo.per_question, "at least 1")
-    by_column = settings.demo.select == "likelihood" and settings.demo.likelihood_of == "column"
-    need(not by_column or settings.demo.log_likelihood is not None, "demo.log_likelihood", None,
-         "the column that hpt.demo.select=likelihood compares (`verl-hpt data likelihood` writes one); or set "
-         "hpt.demo.likelihood_of to policy or reference")  # fmt: skip
-    history, early = settings.history, settings.history.early_gate
-    need(history.retire_after is None or history.retire_after >= 1, "history.retire_after", history.retire_after,
-         "null or at least 1")  # fmt: skip
-    need(history.cooldown >= 0, "history.cooldown", history.cooldown, "at least 0 (steps)")
-    if early is not None:
-        need(early.after_failures >= 1, "history.early_gate.after_failures", early.after_failures, "at least 1")
-        need(early.rollouts >= 1, "history.early_gate.rollouts", early.rollouts, "at least 1")
-
-
-def _numbers(value: float | Schedule | None) -> list[float]:
-    """The numbers that a setting's bounds hold for."""
-    found = [value.start, value.end] if isinstance(value, Schedule) else [value]
-    return [x for x in found if x is not None]
-
-
-def _check_schedule(need: Callable, key: str, value: float | Schedule | None) -> None:
-    if isinstance(value, Schedule):
-        need(value.steps >= 1, f"{key}.steps", value.steps, "at least 1")
-        need(value.warmup >= 0, f"{key}.warmup", value.warmup, "at least 0 (steps)")
 
 
 def defaults() -> dict[str, Any]:

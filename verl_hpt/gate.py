@@ -76,6 +76,12 @@ OWN = Decision("own", 0.0, 0.0, 1.0)  # imitates its own correct rollout
 NOTHING = Decision("none", 0.0, 0.0, 0.0)
 
 
+# What is remembered of a question that was never drawn.
+NEVER_DRAWN = dict.fromkeys(
+    ("solved", "rollouts", "drawn", "failures", "uses", "drawn_at", "taught_at", "graduated"), 0
+)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a gate knows of one question at one step.
@@ -85,14 +91,14 @@ class Outcome:
         settings: the gate's, of the question's data source.
         scores: (n,) what ``gate.success`` is compared with (``hpt.gate.metric``); None: rewards.
         cut: (n,) bool, rollouts that were cut at the length limit and therefore never count; None: all count.
-        history: numbers of earlier steps by name (``history.Record``); empty for a question that was never drawn.
+        history: numbers of earlier steps by name (``history.Record``).
     """
 
     rewards: np.ndarray
     settings: GateSettings
     scores: np.ndarray | None = None
     cut: np.ndarray | None = None
-    history: Mapping[str, float] = field(default_factory=dict)
+    history: Mapping[str, float] = field(default_factory=lambda: dict(NEVER_DRAWN))
 
     @property
     def n(self) -> int:
@@ -209,11 +215,15 @@ def settle(decision: Decision, demonstrations: int, right: bool, trains_rollouts
 
 def ask(name: str, outcome: Outcome) -> Decision:
     """What a registered gate says."""
-    function, settings = GATES[name], outcome.settings
+    return GATES[name](*arguments(GATES[name], outcome), **outcome.settings.kwargs)
+
+
+def arguments(function: Callable, outcome: Outcome) -> tuple:
+    """What a gate is called with beside its keyword arguments: three numbers where it requires three, else one."""
     parameters = inspect.signature(function).parameters.values()
     required = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    arguments = (outcome.solved, outcome.n, settings) if len(required) == 3 else (outcome,)
-    return function(*arguments, **settings.kwargs)
+    own = {p.name for p in required[1:]} & outcome.settings.kwargs.keys()
+    return (outcome.solved, outcome.n, outcome.settings) if len(required) - len(own) >= 3 else (outcome,)
 
 
 def _soft(outcome: Outcome) -> Decision:

@@ -26,40 +26,53 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from verl_hpt.checked import checked, setting
 
-@dataclass(frozen=True)
+
+@checked
 class Constants:
     """Numbers of the methods. The clip range comes from verl's ``actor.*``, the others from ``hpt.options``."""
 
-    clip_low: float = 0.2  # ε_low: ratios below 1 − ε_low with Â < 0 do not learn
-    clip_high: float = 0.2  # ε_high: ratios above 1 + ε_high with Â > 0 do not learn
-    clip_c: float = 3.0  # dual clip: ratios above c with Â < 0 do not learn (arXiv 1912.09729)
-    shaping: float = 0.1  # γ₀ of f(p) = p/(p + γ₀) (LUFFY, arXiv 2504.14945, section 3.3)
-    entropy_weight: float = 0.5  # SRFT's weight of its SFT term (arXiv 2506.19767, eq. 6–7)
-    positive_weight: float = 0.1  # SRFT's weight of correct rollouts (eq. 8–9)
-    kl: float = 0.1  # ASFT's λ_kl (arXiv 2509.23753; its code's default, 0.03 for bf16)
-    max_ratio: float = 100.0  # cap of π_ref/p in ASFT's log-prob form, unbounded as p → 0; of p/π_ref of ``teacher``
-    otr_beta: float = 0.0  # OTR's reward of a sampled token that is not the label (arXiv 2509.26313)
-    psft_clip: float = 0.28  # ε of PSFT (arXiv 2508.17784)
-    trust: float = 0.1  # α of TrSFT (arXiv 2512.17636)
-    uniform: float = 1.0  # U of RL-PLUS: 1 in its published code, 1/vocabulary in the paper (arXiv 2508.00222)
-
-
-# What each constant must be and why, told to whoever sets another number.
-RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "clip_low": (lambda x: x >= 0, "at least 0: below it no token with Â < 0 learns"),
-    "clip_high": (lambda x: x >= 0, "at least 0: below it no token with Â > 0 learns"),
-    "clip_c": (lambda x: x > 1, "above 1: verl asserts it, and from 1 down tokens stop learning before they moved"),
-    "shaping": (lambda x: x > 0, "above 0: at 0 no token learns, below it the gradient's sign flips"),
-    "entropy_weight": (lambda x: x >= 0, "at least 0: below it demonstrations are unlearned"),
-    "positive_weight": (lambda x: x >= 0, "at least 0: below it correct rollouts are unlearned"),
-    "kl": (lambda x: x >= 0, "at least 0: below it the policy is driven away from the reference model"),
-    "max_ratio": (lambda x: x > 0, "above 0: it is a ratio of probabilities, and its logarithm is taken"),
-    "otr_beta": (lambda x: x < 1, "below 1: at 1 no token learns, above it demonstrations are unlearned"),
-    "psft_clip": (lambda x: x >= 0, "at least 0: below it no token learns"),
-    "trust": (lambda x: 0 < x <= 1, "above 0 and at most 1: it is a probability, and its logarithm is taken"),
-    "uniform": (lambda x: 0 < x <= 1, "above 0 and at most 1: it is a probability, and a logarithm is taken of it"),
-}
+    clip_low: float = setting(
+        0.2, "ratios below 1 − ε_low with Â < 0 do not learn; below 0 no token with Â < 0 would", ge=0
+    )
+    clip_high: float = setting(
+        0.2, "ratios above 1 + ε_high with Â > 0 do not learn; below 0 no token with Â > 0 would", ge=0
+    )
+    clip_c: float = setting(
+        3.0, "verl asserts it, and from 1 down tokens stop learning before they moved. Dual clip: ratios above c with "
+        "Â < 0 do not learn (arXiv 1912.09729)", gt=1
+    )  # fmt: skip
+    shaping: float = setting(
+        0.1, "γ₀ of f(p) = p/(p + γ₀) (LUFFY, arXiv 2504.14945, section 3.3); at 0 no token learns, below it the "
+        "gradient's sign flips", gt=0
+    )  # fmt: skip
+    entropy_weight: float = setting(
+        0.5, "SRFT's weight of its SFT term (arXiv 2506.19767, eq. 6–7); below 0 demonstrations are unlearned", ge=0
+    )
+    positive_weight: float = setting(
+        0.1, "SRFT's weight of correct rollouts (eq. 8–9); below 0 correct rollouts are unlearned", ge=0
+    )
+    kl: float = setting(
+        0.1, "ASFT's λ_kl (arXiv 2509.23753; its code's default, 0.03 for bf16); below 0 the policy is driven away "
+        "from the reference model", ge=0
+    )  # fmt: skip
+    max_ratio: float = setting(
+        100.0, "cap of π_ref/p in ASFT's log-prob form, unbounded as p → 0, and of p/π_ref of ``teacher``; a ratio of "
+        "probabilities, and its logarithm is taken", gt=0
+    )  # fmt: skip
+    otr_beta: float = setting(
+        0.0, "OTR's reward of a sampled token that is not the label (arXiv 2509.26313); at 1 no token learns, above it "
+        "demonstrations are unlearned", lt=1
+    )  # fmt: skip
+    psft_clip: float = setting(0.28, "ε of PSFT (arXiv 2508.17784); below 0 no token learns", ge=0)
+    trust: float = setting(
+        0.1, "α of TrSFT (arXiv 2512.17636); it is a probability, and its logarithm is taken", gt=0, le=1
+    )
+    uniform: float = setting(
+        1.0, "U of RL-PLUS (arXiv 2508.00222): 1 in its published code, 1/vocabulary in the paper; it is a "
+        "probability, and a logarithm is taken of it", gt=0, le=1
+    )  # fmt: skip
 
 
 @dataclass

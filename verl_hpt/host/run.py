@@ -35,9 +35,9 @@ class Run:
         node = verl_config.get("hpt")
         node = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
         self.verl_config, self.kl_penalty = verl_config, kl_penalty
-        self.settings = config.load(node)
-        self.method = config.resolve_method(self.settings)
-        refusals.refuse(verl_config, self.settings, self.method, has_reference=has_reference, has_critic=has_critic)
+        self.settings, self.method = refusals.settle(
+            verl_config, node, has_reference=has_reference, has_critic=has_critic
+        )
         advantage.switch_on(self.method)
         self.normalization = self.settings.normalization or self.method.normalization
         self.length_scale = self.settings.rl_length_scale or float(verl_config.data.max_response_length)
