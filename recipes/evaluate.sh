@@ -8,7 +8,7 @@
 # Hardware   GPUS of any kind that hold the model (default 8)
 # Time       not measured by us
 # Versions   composed and validated in CI against verl 0.9.1; run on a CPU with a two-layer model, not yet on GPUs
-# Expect     a table of avg@K and exact pass@k of every set (`verl-hpt report OUT` prints it again), from all answers and
+# Expect     avg@K and exact pass@k of every set (`verl-hpt report OUT` prints them again), from all answers and
 #            scores in OUT/answers; verl's best@K in OUT/metrics.jsonl draws with replacement and is lower
 # Prompts    --suffix '' where the chat template itself asks for \boxed{} (Qwen2.5-Math's, recipes/llama3.1_8b.sh's)
 # Settings   K (default 8), EVAL_DIR (outputs/eval), OUT (outputs/evaluate/NAME), GPUS (8); T = 0.6 and

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Real questions and worked solutions through the whole path, on a CPU: converted, tokenised as rollouts are, graded by
-# GSM8K's own `####` answer, trained on for a few steps. It shows that the path holds; a model this small learns no maths.
+# GSM8K's own `####` answer, trained on for some steps. It shows that the path holds; so small a model learns none.
 #
 #   bash recipes/gsm8k_cpu.sh FILE.jsonl   # keys question and answer, as GSM8K's train.jsonl -> outputs/gsm8k_cpu
 #

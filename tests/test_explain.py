@@ -117,6 +117,12 @@ def test_every_problem_of_a_case_comes_at_once(tmp_path, capsys):
     )
 
 
+def test_a_row_with_thousands_of_wrong_numbers_gets_a_message_that_can_be_read(tmp_path, capsys):
+    row = {"reward": 0, "length": 4000, "log_prob": [0.5] * 4000}
+    _, _, err = run(tmp_path, capsys, {"questions": [{"rollouts": [row]}]})
+    assert err.count("must be a number at most 0") == 50 and "... and 3950 more" in err
+
+
 @pytest.mark.parametrize(
     ("weights", "problem"),
     [([1.0], "token_weights: 1 numbers for a row of 2"), ([0, 0], "token_weights=[0.0, 0.0]: one must be above 0"),

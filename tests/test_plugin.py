@@ -129,7 +129,13 @@ def test_verl_loads_the_installed_wheels_plugin(site, found):
 
 def test_the_plugin_alone_imports_nothing_heavy(site):
     code = "import sys, json, verl_hpt.plugin; print(json.dumps([m.split('.')[0] for m in sys.modules]))"
-    assert not {"torch", "verl", "ray", "numpy", "hydra", "transformers", "omegaconf"} & set(run(site, code))
+    heavy = {"torch", "verl", "ray", "numpy", "hydra", "transformers", "omegaconf", "pydantic"}
+    assert not heavy & set(run(site, code))
+
+
+def test_the_defaults_that_hydra_is_offered_do_not_import_pydantic(site):
+    code = "import sys, json, verl_hpt.config as c; c.defaults(); print(json.dumps('pydantic' in sys.modules))"
+    assert run(site, code) is False
 
 
 def test_a_stock_run_gets_the_very_class_it_always_got(found):

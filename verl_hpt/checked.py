@@ -15,6 +15,7 @@ WORDS = {"number": "a number", "integer": "a whole number", "string": "text", "b
 WORDS |= {"null": "null", "array": "a list", "object": "a mapping"}
 BOUNDS = {"minimum": "at least", "ge": "at least", "exclusiveMinimum": "above", "maximum": "at most",
           "exclusiveMaximum": "below", "minItems": "of at least"}  # fmt: skip
+MOST = 50  # problems that one message lists: a row has thousands of numbers
 WRONG_KEY = ("unexpected_keyword_argument", "extra_forbidden", "invalid_key")  # pydantic's names of errors
 
 
@@ -41,14 +42,15 @@ def setting(default: Any, meaning: str, **bounds: float) -> Any:
 
 
 def read(kind: Any, value: Any, path: str) -> tuple[Any, list[str]]:
-    """A plain value as a checked class, or None and every problem: path, value, what it must be."""
+    """A plain value as a checked class (or a pydantic model), or None and problems: path, value, what it must be."""
     from pydantic import ValidationError
 
     adapter, schema = _adapter(kind)
     try:
         return adapter.validate_python(value), []
     except ValidationError as error:
-        return None, list(_sentences(error.errors(include_url=False), schema, path))
+        problems = list(_sentences(error.errors(include_url=False), schema, path))
+        return None, [*problems[:MOST], *([f"... and {len(problems) - MOST} more"] if len(problems) > MOST else [])]
 
 
 def rows(kind: Any, path: str) -> list[dict]:

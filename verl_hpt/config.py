@@ -34,9 +34,7 @@ class Schedule:
     start: float = setting(..., "at step 0")
     end: float = setting(..., "from step `steps` on")
     steps: int = setting(..., "how many steps the change takes, after the warm-up", ge=1)
-    shape: Literal["linear", "cosine", "step"] = setting(
-        "linear", "`step`: start up to and with step `steps`, then end"
-    )
+    shape: Literal["linear", "cosine", "step"] = setting("linear", "`step`: start until after step `steps`, then end")
     warmup: int = setting(0, "steps over which it first rises from 0 to start, in a line", ge=0)
 
     def __ge__(self, bound: float) -> bool:
@@ -73,7 +71,7 @@ class Gate:
     off: float | Schedule | None = setting(None, "upper bound, a share, of the zone trained off-policy on the demo")
     soft: list[list[float]] | str | None = setting(
         None,
-        "of hpt_soft: a table of (on, off, sft) by number solved, `linear`, `cosine`, a gate of yours; null: HPT's",
+        "of hpt_soft: a table of (on, off, sft) by number solved, `linear`, `cosine`, your gate; null: HPT's",
     )
     function: str | None = setting(None, "a gate of your own, registered with verl_hpt.register_gate")
     kwargs: dict[str, Any] = setting(dict, "keyword arguments of hpt.gate.function")
@@ -122,7 +120,7 @@ class Demo:
     )
     likelihood_of: Literal["column", "policy", "reference"] = setting(
         "column",
-        "whose likelihood: a column's, or by a forward pass the policy's at the step or verl's reference model's",
+        "whose likelihood: a column's, or by a forward pass the policy's of the step or the reference model's",
     )
     log_likelihood: str | None = setting(
         None, "that column: mean log-prob a token; `verl-hpt data likelihood IN OUT --model M` writes it"
@@ -165,7 +163,7 @@ class History:
     early_gate: EarlyGate | None = setting(None, "fewer rollouts for questions that failed so often in a row")
     on_missing: Literal["error", "empty"] = setting(
         "error",
-        "resumed without a history that settings need, or whose questions are named otherwise: stop, or start empty",
+        "a resumed run lacks the history it needs, or its questions are named otherwise: stop, or start empty",
     )
 
 
@@ -195,9 +193,7 @@ class Compose:
         "dr_grpo", "a method's name, or {mask, reference, advantage, likelihood}; null: no term on rollouts"
     )
     demos: list[ComposedTerm] = setting(list, "terms on demonstrations, one S and one R at most")
-    place: Literal["separate", "group"] = setting(
-        "separate", "group: a demonstration is a member of the rollouts' group"
-    )
+    place: Literal["separate", "group"] = setting("separate", "group: a member of the rollouts' group")
     when: Literal["gate", "always", "never", "soft", "unrewarded", "own"] = setting("gate", "when demonstrations train")
     normalization: Normalization = setting("question", "as hpt.normalization")
 
@@ -269,23 +265,19 @@ def parse(node: Mapping | None) -> tuple[Settings | None, list[str]]:
     """As ``load``; or None, and the problems."""
     node = {} if node is None else node
     if isinstance(node, Mapping) and isinstance(node.get("per_source"), Mapping):
-        sources = {
-            source: {**own, "gate": _over(node.get("gate", {}), own.get("gate", {}))}
-            if isinstance(own, Mapping)
-            else own
-            for source, own in node["per_source"].items()
-        }
+        sources = {name: _over(node.get("gate", {}), source) for name, source in node["per_source"].items()}
         node = {**node, "per_source": sources}
     return read(Settings, node, "hpt")
 
 
-def _over(general: Any, own: Any) -> Any:
-    """A source's gate: the general one, under its own keys. Its own switch replaces the general one, of any kind."""
+def _over(general: Any, source: Any) -> Any:
+    """A source with the general gate under its own gate's keys. Its own switch replaces the general one."""
+    own = source.get("gate", {}) if isinstance(source, Mapping) else None
     if not isinstance(general, Mapping) or not isinstance(own, Mapping):
-        return own
+        return source
     switch = {"threshold", "count", "function"}
     replaced = switch | {"kwargs"} if switch & own.keys() else set()
-    return {name: value for name, value in general.items() if name not in replaced} | {**own}
+    return {**source, "gate": {name: value for name, value in general.items() if name not in replaced} | {**own}}
 
 
 def gates(settings: Settings) -> dict[str, Gate]:
@@ -372,13 +364,9 @@ def _gate_problems(gate: Gate, method: Method | None) -> Iterator[str]:
 
 def clips(actor: Mapping) -> dict[str, Any]:
     """Clip range and dual clip of verl's ``actor.*``, as its losses read them: clip_ratio where low or high is null."""
-    low, high = (actor.get(name) for name in ("clip_ratio_low", "clip_ratio_high"))
-    both = actor.get("clip_ratio")
-    return {
-        "clip_low": both if low is None else low,
-        "clip_high": both if high is None else high,
-        "clip_c": actor.get("clip_ratio_c"),
-    }
+    found = {constant: actor.get(name) for name, constant in CLIPS.items()}
+    both = dict.fromkeys(("clip_low", "clip_high"), actor.get("clip_ratio"))
+    return {name: both.get(name) if value is None else value for name, value in found.items()}
 
 
 def constants(settings: Settings, **clip: float) -> Constants:
@@ -391,15 +379,13 @@ def _composed(compose: Compose) -> Method:
         rollouts = None if compose.rollouts is None else estimator_of(compose.rollouts, "hpt.compose.rollouts")
         terms = []
         for i, term in enumerate(compose.demos):
-            parts = term.estimator
-            if term.kind == "S" and isinstance(parts, Mapping):
-                parts = {"advantage": "unit", **parts}
-            estimator = estimator_of(parts, f"hpt.compose.demos[{i}].estimator")
-            terms.append(Term(term.kind, estimator, term.scale))
+            default = {"advantage": "unit"} if term.kind == "S" else {}
+            parts = term.estimator if isinstance(term.estimator, str) else {**default, **term.estimator}
+            terms.append(Term(term.kind, estimator_of(parts, f"hpt.compose.demos[{i}].estimator"), term.scale))
         return Method("composed", rollouts, tuple(terms), compose.place, compose.when, compose.normalization)
     except ValueError as error:
-        said = str(error)
-        raise UserError(said if said.startswith("hpt.") else f"hpt.compose: {said}") from error
+        text = str(error)
+        raise UserError(text if text.startswith("hpt.") else f"hpt.compose: {text}") from error
 
 
 def defaults() -> dict[str, Any]:

@@ -33,20 +33,14 @@ from verl_hpt.checked import checked, setting
 class Constants:
     """Numbers of the methods. The clip range comes from verl's ``actor.*``, the others from ``hpt.options``."""
 
-    clip_low: float = setting(
-        0.2, "ratios below 1 − ε_low with Â < 0 do not learn; below 0 no token with Â < 0 would", ge=0
-    )
-    clip_high: float = setting(
-        0.2, "ratios above 1 + ε_high with Â > 0 do not learn; below 0 no token with Â > 0 would", ge=0
-    )
+    clip_low: float = setting(0.2, "with Â < 0, ratios below 1 − ε_low do not learn; below 0 none does", ge=0)
+    clip_high: float = setting(0.2, "with Â > 0, ratios above 1 + ε_high do not learn; below 0 none does", ge=0)
     clip_c: float = setting(
-        3.0, "verl asserts it, and from 1 down tokens stop learning before they moved. Dual clip: ratios above c with "
-        "Â < 0 do not learn (arXiv 1912.09729)", gt=1
-    )  # fmt: skip
+        3.0, "verl asserts it, and from 1 down tokens stop before they moved: dual clip (arXiv 1912.09729), Â < 0", gt=1
+    )
     shaping: float = setting(
-        0.1, "γ₀ of f(p) = p/(p + γ₀) (LUFFY, arXiv 2504.14945, section 3.3); at 0 no token learns, below it the "
-        "gradient's sign flips", gt=0
-    )  # fmt: skip
+        0.1, "γ₀ of f(p) = p/(p + γ₀) (LUFFY, arXiv 2504.14945, §3.3); at 0 no token learns, below it signs flip", gt=0
+    )
     entropy_weight: float = setting(
         0.5, "SRFT's weight of its SFT term (arXiv 2506.19767, eq. 6–7); below 0 demonstrations are unlearned", ge=0
     )
@@ -54,25 +48,21 @@ class Constants:
         0.1, "SRFT's weight of correct rollouts (eq. 8–9); below 0 correct rollouts are unlearned", ge=0
     )
     kl: float = setting(
-        0.1, "ASFT's λ_kl (arXiv 2509.23753; its code's default, 0.03 for bf16); below 0 the policy is driven away "
-        "from the reference model", ge=0
-    )  # fmt: skip
+        0.1, "ASFT's λ_kl (arXiv 2509.23753; 0.03 for bf16); below 0 it drives away from the reference model", ge=0
+    )
     max_ratio: float = setting(
-        100.0, "cap of π_ref/p in ASFT's log-prob form, unbounded as p → 0, and of p/π_ref of ``teacher``; a ratio of "
-        "probabilities, and its logarithm is taken", gt=0
-    )  # fmt: skip
+        100.0, "cap of ASFT's π_ref/p, unbounded as p → 0, and of `teacher`'s p/π_ref; its logarithm is taken", gt=0
+    )
     otr_beta: float = setting(
-        0.0, "OTR's reward of a sampled token that is not the label (arXiv 2509.26313); at 1 no token learns, above it "
-        "demonstrations are unlearned", lt=1
-    )  # fmt: skip
+        0.0, "OTR's reward of a sampled token that is no label (arXiv 2509.26313); at 1 no token learns", lt=1
+    )
     psft_clip: float = setting(0.28, "ε of PSFT (arXiv 2508.17784); below 0 no token learns", ge=0)
     trust: float = setting(
         0.1, "α of TrSFT (arXiv 2512.17636); it is a probability, and its logarithm is taken", gt=0, le=1
     )
     uniform: float = setting(
-        1.0, "U of RL-PLUS (arXiv 2508.00222): 1 in its published code, 1/vocabulary in the paper; it is a "
-        "probability, and a logarithm is taken of it", gt=0, le=1
-    )  # fmt: skip
+        1.0, "U of RL-PLUS (arXiv 2508.00222): 1 in its code, 1/vocabulary on paper; it is a probability", gt=0, le=1
+    )
 
 
 @dataclass
