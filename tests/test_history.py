@@ -30,6 +30,8 @@ def test_an_identity_is_a_hash_of_source_and_prompt_reckoned_without_the_package
     text = '["gsm8k", [{"content": "Wie groß ist √2?", "role": "user"}]]'
     assert identity(row("Wie groß ist √2?")) == hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     assert identity(row("Wie groß ist √2?")) == f"{10246916772431935664:016x}"
+    without_source = text.replace('"gsm8k"', '""').encode()
+    assert identity(row("Wie groß ist √2?", None)) == hashlib.blake2b(without_source, digest_size=8).hexdigest()
 
 
 def test_an_identity_depends_on_source_and_prompt_and_on_nothing_else():
@@ -72,7 +74,9 @@ def test_a_row_that_names_no_question_is_refused_with_the_column(nothing):
         UserError, match=r"its column 'id' \(hpt\.question_key\) names no question; fill it in, or drop"
     ):
         identity({"id": nothing}, "id")
-    with pytest.raises(UserError, match=r"its column 'raw_prompt' names no question; set hpt\.question_key to one"):
+    with pytest.raises(
+        UserError, match=r"its column 'raw_prompt' names no question; set hpt\.question_key to a column"
+    ):
         identity({"raw_prompt": nothing})
     with pytest.raises(UserError, match="'asked' names no question"):
         identity(row(), prompt_key="asked")
@@ -94,6 +98,8 @@ def test_an_image_belongs_to_the_question_by_its_pixels():
     other = [shown(image("blue")), shown(image("red", (3, 4))), shown(image("red"), bytes=png.getvalue())]
     assert len({identity(one) for one in same}) == 1
     assert len({identity(one) for one in [same[0], *other]}) == 4
+    gray, palette = (Image.frombytes(mode, (4, 3), bytes(12)) for mode in ("L", "P"))
+    assert identity(shown(gray)) != identity(shown(palette)), "the same bytes, other colours"
     assert identity(other[2]) == identity(shown(image("red"), bytes=png.getvalue())) != identity(shown("red.png"))
 
 

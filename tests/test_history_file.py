@@ -244,7 +244,7 @@ def test_a_file_takes_its_place_only_when_it_is_whole_and_on_disk(tmp_path, monk
 
     monkeypatch.setattr(history.os, "fsync", record("fsync"))
     monkeypatch.setattr(history.os, "replace", record("replace"))
-    some_history().save(str(path))
+    some_history(questions=3, steps=2).save(str(path))  # small enough to stay in a buffer
     assert done == ["fsync", "replace"] and History.read(str(path)).records
     assert [file.name for file in tmp_path.iterdir()] == [FILE]
 

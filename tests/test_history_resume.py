@@ -167,3 +167,15 @@ def test_a_damaged_history_stops_every_run_and_deleting_it_is_a_remedy(tmp_path,
     path.unlink()
     if node != NEEDS:
         assert not resumed(tmp_path, node).history.records and "it starts empty" in caplog.text
+
+
+def test_a_refused_file_leaves_the_history_as_it_was(tmp_path):
+    saved(tmp_path, KEYED)
+    lifecycle = Trainer(NEEDS).lifecycle
+    before = lifecycle.history
+    with pytest.raises(UserError, match="cannot be found again"):
+        lifecycle.load(str(tmp_path))
+    (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:-9])
+    with pytest.raises(UserError, match="cut off or changed"):
+        lifecycle.load(str(tmp_path))
+    assert lifecycle.history is before and not before.records and before.settings == meaning(lifecycle.settings)

@@ -45,10 +45,12 @@ def identity(row: Mapping, question_key: str | None = None, prompt_key: str = "r
     Raises:
         UserError: the column names no question.
     """
-    value = plain(row.get(question_key or prompt_key))
+    column = prompt_key if question_key is None else question_key
+    value = plain(row.get(column))
+    if not names_question(value) and question_key is None:
+        raise UserError(f"its column {column!r} names no question; set {KEY} to a column that does")
     if not names_question(value):
-        setting, remedy = (f" ({KEY})", f"fill it in, or drop {KEY}") if question_key else ("", f"set {KEY} to one")
-        raise UserError(f"its column {question_key or prompt_key!r}{setting} names no question; {remedy}")
+        raise UserError(f"its column {column!r} ({KEY}) names no question; fill it in, or drop {KEY}")
     if question_key is not None:
         return str(value).encode(errors="backslashreplace").decode()
     source = str(plain(row.get("data_source")) or "")
@@ -306,11 +308,8 @@ class Lifecycle:
         gate = self.settings.history.early_gate
         if gate is None:
             return None
-        failures = (self.history.of(key).failures for key in keys)
-        return [
-            max(n - gate.rollouts, 0) if failed >= gate.after_failures else 0
-            for failed, n in zip(failures, rollouts, strict=True)
-        ]
+        often = (self.history.of(key).failures >= gate.after_failures for key in keys)
+        return [max(n - gate.rollouts, 0) if failed else 0 for failed, n in zip(often, rollouts, strict=True)]
 
     def past(self, groups: Sequence, step: int) -> list[Past]:
         """What is known of a batch's questions before this step; (groups,)"""
@@ -391,9 +390,8 @@ class Lifecycle:
             if old != new:
                 changes[name] = f"{path}: {name} was {json.dumps(old)}, is {json.dumps(new)} now"
         if KEY in changes:
-            return self._start_empty(
-                f"{changes[KEY]}, so its questions cannot be found again", "Set the old value back"
-            )
+            lost = f"{changes[KEY]}, so its questions cannot be found again"
+            return self._start_empty(lost, "Set the old value back")
         for change in changes.values():
             logger.warning("%s; what it counts as solved till here is the old gate's", change)
         found.settings, self.history = now, found
