@@ -11,7 +11,7 @@
 # Expect     hpt: greedy validation accuracy 0.00 at the start, 0.8 or more from step 15 on, 0.97 to 1 at the end;
 #            share of questions on demonstrations 1.00 for 14 steps, then below 0.2; solve rate of the rollouts 0.65 to 0.8.
 #            grpo: 0.00 throughout, since no rollout ever succeeds. sft: 0.20 at step 15, 1.00 from step 20 on
-# Needs      network for the installation only. Model and task are made here (verl_hpt/cpu/quickstart.py): a 2-layer
+# Needs      network for the installation only. Model and task are made here (quickstart_task.py): a 2-layer
 #            byte-level Qwen2 with random weights learns to write words backwards from worked demonstrations.
 # Settings   METHOD, STEPS (default 40), SEED (of the weights), PYTHON; further arguments go to verl as overrides.
 set -euo pipefail
@@ -31,10 +31,10 @@ esac
 cpu_install
 cpu_environment
 mkdir -p "$run"
-python -m verl_hpt.cpu.quickstart model "$run/model" --seed "$seed"
-python -m verl_hpt.cpu.quickstart data "$run/data"
+python "$repo/recipes/quickstart_task.py" model "$run/model" --seed "$seed"
+python "$repo/recipes/quickstart_task.py" data "$run/data"
 
-python -m verl_hpt.cpu.quickstart run "$run" --steps "$steps" -- \
+python "$repo/recipes/quickstart_task.py" run "$run" --steps "$steps" -- \
   python -m verl.trainer.main_ppo "${cpu_args[@]}" "${method_args[@]}" \
   data.train_files="$repo/$run/data/train.parquet" data.val_files="$repo/$run/data/val.parquet" \
   data.train_batch_size=64 data.max_prompt_length=48 data.max_response_length=36 data.seed=1 \

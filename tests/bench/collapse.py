@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "e2e"))
 
 import pyarrow
 import pyarrow.parquet
+import quickstart_task as quickstart
 from cpu_run import Training
 
 from verl_hpt.alarms import PREFIX
-from verl_hpt.cpu import quickstart
 
 HERE = Path(__file__).parent
 LIMIT = 36

@@ -13,11 +13,12 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
+
 import psutil
 import pyarrow
 import pyarrow.parquet
-
-from verl_hpt.cpu import quickstart
+import quickstart_task as quickstart
 
 HERE = Path(__file__).parent
 MARKER = "latest_checkpointed_iteration.txt"

@@ -136,16 +136,6 @@ def summarize(run_dir: str) -> dict:
     }
 
 
-def latest(path: str) -> dict | None:
-    """The newest value of each curve and the newest step, for a run under way; None before its first line."""
-    if not os.path.exists(path):
-        return None
-    rows = read(path)
-    if not rows:
-        return None
-    return {"step": rows[-1][0], **{name: points[-1][1] for name, points in curves(rows).items() if points}}
-
-
 def names(run_dirs: list[str]) -> list[str]:
     """A short name a run: the last part of its path, or the whole path where two runs share that."""
     short = [os.path.basename(os.path.normpath(d)) or d for d in run_dirs]
