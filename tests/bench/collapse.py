@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "e2e"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
 
 import pyarrow
 import pyarrow.parquet
