@@ -31,7 +31,8 @@ import verl.trainer.ppo.v1 as v1
 print("\\n" + json.dumps({
     "verl_hpt": __version__, "python": sys.executable, "plugin": "verl_hpt.plugin" in sys.modules,
     "estimator": "hpt" in algos.ADV_ESTIMATOR_REGISTRY,
-    "trainer": type(v1.get_trainer_cls("sync")).__name__ == "TrainerFactory", "missing": contract.missing(),
+    "trainer": type(v1.get_trainer_cls("sync")).__name__ == "TrainerFactory",
+    "missing": contract.missing() + contract.missing_settings(),
 }))
 """
 

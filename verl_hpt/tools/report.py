@@ -224,7 +224,8 @@ def plot(summaries: dict[str, dict], path: str) -> None:
                     axes.plot(steps, values, alpha=0.25, linewidth=1, **look)
                     (handle,) = axes.plot(steps, smooth(list(values)), linewidth=2, **look)
                 handles.setdefault(label, handle)
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(2 * columns, len(handles)))
+        entries = min(2 * columns, len(handles))
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=entries)
 
 
 def main(argv: list[str]) -> int:
