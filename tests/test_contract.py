@@ -13,7 +13,7 @@ from verl_hpt.errors import UserError
 from verl_hpt.host import contract, refusals
 
 HOST = Path(contract.__file__).parent
-SETTINGS = [path for paths in contract.CONFIG.values() for path in paths]
+SETTINGS = [path for path, _ in contract.CONFIG]
 
 
 def resolve(place: str):

@@ -87,35 +87,29 @@ LEANED_ON = (
     ("transfer_queue:KVBatchMeta", ("keys", "tags", "partition_id", "fields", "extra_info"), (), "trainer: a batch"),
 )  # fmt: skip
 
-# Who reads it -> paths of verl's composed `ppo_trainer`.
-CONFIG = {
-    "plugin": ("algorithm.adv_estimator",),
-    "trainer": (
-        "algorithm.use_kl_in_reward", "trainer.default_local_dir", "trainer.resume_mode", "trainer.resume_from_path",
-    ),
-    "run": (
-        "data.max_response_length", "data.apply_chat_template_kwargs", "trainer.v1.trainer_mode",
-        "algorithm.norm_adv_by_std_in_grpo", "algorithm.rollout_correction.rollout_is",
-        *(f"actor_rollout_ref.model.{name}" for name in ("path", "trust_remote_code", "use_fused_kernels")),
-        *(f"actor_rollout_ref.rollout.{name}" for name in (
-            "n", "temperature", "max_model_len", "calculate_log_probs", "log_prob_use_dynamic_bsz",
-            "log_prob_micro_batch_size_per_gpu",
-        )),
-        *(f"actor_rollout_ref.ref.{name}" for name in (
-            "log_prob_use_dynamic_bsz", "log_prob_micro_batch_size_per_gpu",
-        )),
-        *(f"actor_rollout_ref.actor.{name}" for name in (
-            "ppo_mini_batch_size", "ppo_epochs", "use_dynamic_bsz", "ppo_micro_batch_size_per_gpu", "clip_ratio",
-            "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "entropy_coeff", "calculate_entropy", "use_kl_loss",
-            "kl_loss_coef", "kl_loss_type", "loss_agg_mode",
-        )),
-    ),
-    "refusals": (
-        "algorithm.filter_groups.enable", "algorithm.rollout_correction.bypass_mode", "distillation.enabled",
-        "actor_rollout_ref.actor.shuffle", "actor_rollout_ref.actor.policy_loss.loss_mode",
-        "actor_rollout_ref.rollout.enable_rollout_routing_replay", "critic.enable",
-    ),
+# Settings of verl's composed `ppo_trainer`: who reads them -> node -> names.
+_ACTOR, _ROLLOUT, _MODEL = (f"actor_rollout_ref.{part}" for part in ("actor", "rollout", "model"))
+_CUTS = "log_prob_use_dynamic_bsz log_prob_micro_batch_size_per_gpu"
+_READ = {
+    "plugin": {"algorithm": "adv_estimator"},
+    "trainer": {"algorithm": "use_kl_in_reward", "trainer": "default_local_dir resume_mode resume_from_path"},
+    "run": {
+        "data": "max_response_length apply_chat_template_kwargs", "trainer.v1": "trainer_mode",
+        "algorithm": "norm_adv_by_std_in_grpo rollout_correction.rollout_is",
+        _MODEL: "path trust_remote_code use_fused_kernels",
+        _ROLLOUT: f"n temperature max_model_len calculate_log_probs {_CUTS}", "actor_rollout_ref.ref": _CUTS,
+        _ACTOR: "ppo_mini_batch_size ppo_epochs use_dynamic_bsz ppo_micro_batch_size_per_gpu clip_ratio clip_ratio_low "
+                "clip_ratio_high clip_ratio_c entropy_coeff calculate_entropy use_kl_loss kl_loss_coef kl_loss_type "
+                "loss_agg_mode",
+    },
+    "refusals": {
+        "algorithm": "filter_groups.enable rollout_correction.bypass_mode", "distillation": "enabled",
+        _ACTOR: "shuffle policy_loss.loss_mode", _ROLLOUT: "enable_rollout_routing_replay", "critic": "enable",
+    },
 }  # fmt: skip
+CONFIG = tuple(  # path, who reads it
+    (f"{node}.{name}", user) for user, nodes in _READ.items() for node, names in nodes.items() for name in names.split()
+)
 
 
 def verl_version() -> str:
@@ -162,8 +156,7 @@ def missing_settings(config=None) -> list[str]:
     absent = object()
     return [
         f"the setting {path} ({user})"
-        for user, paths in CONFIG.items()
-        for path in paths
+        for path, user in CONFIG
         if OmegaConf.select(config, path, default=absent, throw_on_missing=False) is absent
     ]
 

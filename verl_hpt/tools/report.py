@@ -1,11 +1,7 @@
 """What a run did, from verl's own metrics: `verl-hpt report RUN_DIR…` writes a picture, a summary and a short table.
 
-A run directory holds `metrics.jsonl`, verl's logger `file` (`trainer.logger=[console,file]`, its place is the
-environment's `VERL_FILE_LOGGER_PATH`). Every number here is taken from there unchanged, or is a mean that the table
-names. Several runs stand side by side: that is the comparison of methods, as fair as their settings were.
-
-Left out: anything that needs the model; smoothing of the numbers (the picture draws the raw points, pale, under their
-running mean).
+A run directory holds `metrics.jsonl`, verl's logger `file`. Every number here is taken from there unchanged, or is a
+mean that the table names. Several runs stand side by side: that compares methods as fairly as their settings were.
 """
 
 import argparse
@@ -41,14 +37,15 @@ CURVES = {
     "rl_solve_rate": Curve("Solve rate of questions on RL", ("hpt/rl_solve_rate",), show.COLOURS[4], ":"),
     "demo_share": Curve("Share of questions on demonstrations", ("hpt/demo_share",), show.COLOURS[1], "--"),
 }
-_VALIDATION = re.compile(r"^val-core/(?P<source>.+)/(?P<kind>acc|reward|score)/mean@(?P<n>\d+)$")
+_VALIDATION = re.compile(r"^val-core/(.+)/(acc|reward|score)/mean@(\d+)$")
 
 
 def read(path: str) -> list[tuple[int, dict]]:
     """`(step, metrics)` of every complete line of verl's file logger, in order of steps.
 
-    A last line without its newline is being written, or was cut off when the run was killed: it is left out. Errors:
-    any other line that is not `{"step": …, "data": {…}}` is named by file and number.
+    Numbers alone are kept: a step without such rollouts logs nothing, null or NaN. A last line without its newline is
+    being written, or was cut off when the run was killed: it is left out. Any other line that is not
+    `{"step": …, "data": {…}}` is an error, named by file and number.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -71,15 +68,12 @@ def read(path: str) -> list[tuple[int, dict]]:
             raise UserError(
                 f'{path}, line {number}: not a line of verl\'s file logger, {{"step": …, "data": {{…}}}} ({error!r}).'
             ) from None
-        rows.setdefault(step, {}).update(data)
+        rows.setdefault(step, {}).update({name: float(x) for name, x in data.items() if _is_number(x)})
     return sorted(rows.items())
 
 
-def _number(value) -> float | None:
-    """The value as a finite float, or None: a step without such rollouts logs nothing or NaN."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def validation(data: dict) -> dict[str, float]:
@@ -87,14 +81,9 @@ def validation(data: dict) -> dict[str, float]:
 
     `mean@N` is avg@N, the mean over N answers a question; with several N the largest counts.
     """
-    best: dict[str, tuple[tuple[bool, int], float]] = {}
-    for key, value in data.items():
-        match, number = _VALIDATION.match(key), _number(value)
-        if match and number is not None:
-            rank = (match["kind"] == "acc", int(match["n"]))
-            if match["source"] not in best or rank > best[match["source"]][0]:
-                best[match["source"]] = (rank, number)
-    return {source: number for source, (_, number) in sorted(best.items())}
+    matches = [(match.groups(), value) for key, value in data.items() if (match := _VALIDATION.match(key))]
+    ranked = sorted((source, kind == "acc", int(n), value) for (source, kind, n), value in matches)
+    return {source: value for source, *_, value in ranked}  # the last of a source counts
 
 
 def curves(rows: list[tuple[int, dict]]) -> dict[str, list[list[float]]]:
@@ -104,9 +93,8 @@ def curves(rows: list[tuple[int, dict]]) -> dict[str, list[list[float]]]:
         if by_source := validation(data):
             found[VALIDATION].append([step, sum(by_source.values()) / len(by_source)])
         for name, curve in CURVES.items():
-            values = [number for key in curve.metrics if (number := _number(data.get(key))) is not None]
-            if values:
-                found[name].append([step, values[0]])
+            if key := next(filter(data.__contains__, curve.metrics), None):
+                found[name].append([step, data[key]])
     return found
 
 
@@ -127,13 +115,12 @@ def summarize(run_dir: str) -> dict:
         for name in ALARMS:
             if data.get(PREFIX + name):
                 fired.setdefault(name, []).append(step)
-    seconds = [n for _, data in rows if (n := _number(data.get("timing_s/step"))) is not None]
     return {
         **found,
         "validation_by_source": by_source,
         "alarms": {name: {"first_step": steps[0], "steps": len(steps)} for name, steps in fired.items()},
         "steps": max(step for step, _ in rows),
-        "seconds_of_steps": round(sum(seconds), 1),
+        "seconds_of_steps": round(sum(data.get("timing_s/step", 0.0) for _, data in rows), 1),
     }
 
 
@@ -229,7 +216,7 @@ def plot(summaries: dict[str, dict], path: str) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """`verl-hpt report RUN_DIR… [--out DIR]`: summary.json and report.png into DIR, the table to the terminal."""
+    """Writes summary.json and report.png, prints the tables."""
     parser = argparse.ArgumentParser(
         prog="verl-hpt report",
         description="Picture, summary and table of one run, or of several side by side, from verl's file logger.",
@@ -237,7 +224,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help=f"directory with {METRICS}")
     parser.add_argument("--out", metavar="DIR", help="where to write (default: the run's directory; several runs: .)")
     args = parser.parse_args(argv)
-    summaries = dict(zip(names(args.run_dirs), map(summarize, args.run_dirs), strict=True))
+    runs = dict(zip(names(args.run_dirs), args.run_dirs, strict=True))
+    summaries = {name: summarize(run_dir) for name, run_dir in runs.items()}
     out = args.out or (args.run_dirs[0] if len(args.run_dirs) == 1 else ".")
     try:
         os.makedirs(out, exist_ok=True)
@@ -252,7 +240,7 @@ def main(argv: list[str]) -> int:
         print(f"\nlast avg@N of each validation set, in percent\n{sets}")
     if fired := alarms(summaries):
         print(f"\n{fired}")
-    for name, run_dir in zip(names(args.run_dirs), args.run_dirs, strict=True):
+    for name, run_dir in runs.items():
         if found := answers.answers(run_dir):
             print(f"\n{name}: answers of the last validation, in percent\n{show.table(answers.table(found))}")
     print(f"\n{os.path.join(out, 'report.png')} · {os.path.join(out, 'summary.json')}")
