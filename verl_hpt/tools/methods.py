@@ -11,7 +11,7 @@ import importlib
 import json
 import sys
 import textwrap
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -110,8 +110,7 @@ def text(methods: list[Method]) -> str:
 # --- the curves ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Curve:
+class Curve(NamedTuple):
     """w over the panel's x, (points,), with the names of the methods that share it."""
 
     names: tuple[str, ...]
@@ -164,11 +163,9 @@ def _together(found: list[tuple[str, np.ndarray]]) -> list[Curve]:
     """Methods that do the same share a curve."""
     curves: list[Curve] = []
     for name, w in found:
-        same = next((i for i, curve in enumerate(curves) if np.allclose(curve.w, w, atol=1e-9)), None)
-        if same is None:
-            curves.append(Curve((name,), w))
-        else:
-            curves[same] = Curve((*curves[same].names, name), curves[same].w)
+        same = next((i for i, curve in enumerate(curves) if np.allclose(curve.w, w, atol=1e-9)), len(curves))
+        names = curves[same].names if same < len(curves) else ()
+        curves[same : same + 1] = [Curve((*names, name), w)]
     return curves
 
 
