@@ -27,9 +27,9 @@ cpu_environment
 mkdir -p "$run/data"
 verl-hpt data convert "$file" "$run/data/train.parquet" --data-source openai/gsm8k --val "$run/data/val.parquet"
 # One token a byte: GSM8K's longest question has 991 bytes, its longest solution 1,228.
-python -m verl_hpt.cpu.quickstart model "$run/model" --max-length 2560
+python "$repo/recipes/quickstart_task.py" model "$run/model" --max-length 2560
 
-python -m verl_hpt.cpu.quickstart run "$run" --steps "$steps" --every 1 -- \
+python "$repo/recipes/quickstart_task.py" run "$run" --steps "$steps" --every 1 -- \
   python -m verl.trainer.main_ppo "${cpu_args[@]}" algorithm.adv_estimator=hpt \
   data.train_files="$repo/$run/data/train.parquet" data.val_files="$repo/$run/data/val.parquet" data.val_max_samples=8 \
   data.train_batch_size=16 data.max_prompt_length=1152 data.max_response_length=1280 data.filter_overlong_prompts=True \

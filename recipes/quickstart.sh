@@ -11,7 +11,7 @@
 # Expect     hpt: greedy validation accuracy 0.00 at the start, 0.8 or more from step 15 on, 0.97 to 1 at the end;
 #            questions on demonstrations 1.00 for 14 steps, then below 0.2; solve rate of the rollouts 0.65 to 0.8.
 #            grpo: 0.00 throughout, no rollout ever succeeds. sft: 0.20 at step 15, 1.00 from step 20 on
-# Needs      network to install. Made here (verl_hpt/cpu/quickstart.py): a byte-level Qwen2 of 2 layers learns to write
+# Needs      network to install. Made here (quickstart_task.py): a byte-level Qwen2 of 2 layers learns to write
 #            words backwards. Settings: METHOD, STEPS (40), SEED (of the weights), PYTHON; further arguments go to verl
 set -euo pipefail
 # shellcheck source=recipes/cpu_env.sh
@@ -30,10 +30,10 @@ esac
 cpu_install
 cpu_environment
 mkdir -p "$run"
-python -m verl_hpt.cpu.quickstart model "$run/model" --seed "$seed"
-python -m verl_hpt.cpu.quickstart data "$run/data"
+python "$repo/recipes/quickstart_task.py" model "$run/model" --seed "$seed"
+python "$repo/recipes/quickstart_task.py" data "$run/data"
 
-python -m verl_hpt.cpu.quickstart run "$run" --steps "$steps" -- \
+python "$repo/recipes/quickstart_task.py" run "$run" --steps "$steps" -- \
   python -m verl.trainer.main_ppo "${cpu_args[@]}" "${method_args[@]}" \
   data.train_files="$repo/$run/data/train.parquet" data.val_files="$repo/$run/data/val.parquet" \
   data.train_batch_size=64 data.max_prompt_length=48 data.max_response_length=36 data.seed=1 \

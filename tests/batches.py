@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import torch
 import transfer_queue as tq
 from engine.batches import jagged
+from quickstart_task import byte_tokenizer
 from tiny_run import changed, make_run
 from transfer_queue import KVBatchMeta, interface
 from transfer_queue.client import TransferQueueClient
@@ -23,7 +24,6 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import transferqueue_utils
 from verl.utils.tensordict_utils import get_tensordict, list_of_dict_to_tensordict
 
-from verl_hpt.cpu.quickstart import byte_tokenizer
 from verl_hpt.host.trainer import hybrid
 from verl_hpt.loss import ROW_COLUMNS, ROW_FIELD
 

@@ -1,10 +1,11 @@
-"""The folder on the path, so that tests can import what stands beside them; and which data the tests use."""
+"""Tests and recipes on the path, so that tests can import what lies there; and which data the tests use."""
 
 import sys
 from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import made_data

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # All tests, on a fresh machine too: makes .venv as the CPU recipes do, checks style and layers, runs pytest.
+# Exit status: 0 where every part of the tests passes.
 #
 #   bash tests/run.sh                       # everything, real trainings included
 #   bash tests/run.sh --ignore=tests/e2e    # without the trainings; arguments go to pytest
@@ -17,4 +18,18 @@ export PATH=$venv/bin:$PATH HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false RAY_US
 ruff check .
 ruff format --check .
 lint-imports
-python -m pytest -q --durations=15 "$@"
+run_tests() { python -m pytest -q --durations=15 "$@"; }
+if [ $# -gt 0 ]; then
+  run_tests "$@"
+  exit
+fi
+# Two halves side by side, one a core; then the trainings, which want the machine for themselves.
+log=$(mktemp) half='tests/test_[a-f]*.py' status=0
+trap 'kill $(jobs -p) 2>/dev/null || true; rm -f "$log"' EXIT
+# shellcheck disable=SC2086
+run_tests $half >"$log" 2>&1 &
+run_tests --ignore=tests/e2e --ignore-glob="$half" || status=$?
+wait $! || status=$?
+cat "$log"
+run_tests tests/e2e || status=$?
+exit "$status"

@@ -8,9 +8,9 @@ import sys
 import types
 
 import pytest
+import quickstart_task as quickstart
 
 from verl_hpt import cpu
-from verl_hpt.cpu import quickstart
 from verl_hpt.errors import UserError
 from verl_hpt.reward import hash_answer
 

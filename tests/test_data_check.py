@@ -12,12 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from made_data import folder, gsm8k
+from quickstart_task import byte_tokenizer
 from tiny_run import make_run
 from tiny_tokenizers import STYLES, tiny
 from transformers import AutoTokenizer
 
 from verl_hpt.config import Demo
-from verl_hpt.cpu.quickstart import byte_tokenizer
 from verl_hpt.data.commands import main
 from verl_hpt.data.questions import shared_frame, unframed
 from verl_hpt.data.render import Renderer

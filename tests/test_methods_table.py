@@ -14,6 +14,7 @@ from verl_hpt.estimator import Estimator, Method, Term
 from verl_hpt.methods import METHODS
 from verl_hpt.parts import PARTS, one, unit
 from verl_hpt.tools import methods as table
+from verl_hpt.tools import show
 from verl_hpt.tools.explain import explain
 
 A_ALONE = 1 - 1 / table.GROUP  # R − mean of the one right row of its group
@@ -156,8 +157,7 @@ def test_methods_that_do_the_same_share_one_curve_and_every_term_is_drawn():
 
 def test_no_two_curves_look_the_same():
     """Enough pairs of colour and line for the longest legend."""
-    looks = [(i % len(table.COLOURS), i % len(table.STYLES)) for i in range(28)]
-    assert len(set(looks)) == 28
+    assert len({tuple(show.look(i).values()) for i in range(28)}) == 28
 
 
 def test_the_picture_is_written(tmp_path, capsys):

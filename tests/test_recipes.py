@@ -55,6 +55,8 @@ if "verl.trainer.main_ppo" in args:
 elif "verl.model_merger" in args:
     note("merge", args[args.index("verl.model_merger") + 1 :])
     os.makedirs(args[args.index("--target_dir") + 1])
+elif args and args[0].endswith("/quickstart_task.py"):
+    note("python", args)
 elif args and args[0].endswith(".py") or args[:1] == ["-c"]:
     os.execv({python!r}, [{python!r}, *args])
 else:
@@ -360,7 +362,7 @@ def test_why_the_copy_is_needed_verls_override_leaves_the_rotary_base(bench):
 
 
 def test_llamas_template_is_the_published_prompt_and_ends_where_the_answer_begins():
-    from verl_hpt.cpu.quickstart import byte_tokenizer
+    from quickstart_task import byte_tokenizer
 
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = (RECIPES / "llama_question_answer.jinja").read_text()

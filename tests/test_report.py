@@ -4,6 +4,7 @@ import itertools
 import json
 
 import pytest
+import quickstart_task
 
 from verl_hpt.errors import UserError
 from verl_hpt.tools import answers as report_answers
@@ -97,7 +98,7 @@ def test_nan_and_null_are_left_out(tmp_path):
 def test_a_line_that_is_being_written_is_left_out_and_a_broken_one_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step":1,"data":{"hpt/solve_rate":0.5}}\n{"step":2,"da')
-    assert report.latest(str(path)) == {"step": 1, "solve_rate": 0.5}
+    assert quickstart_task.latest(str(path)) == {"step": 1, "solve_rate": 0.5}
     path.write_text('{"step":1,"data":{}}\n{"step":2,"da\n{"step":3,"data":{}}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 2"):
         report.read(str(path))
@@ -122,7 +123,7 @@ def test_unusable_input_is_named(tmp_path, content, message):
 
 
 def test_latest_of_a_run_that_has_not_begun_is_none(tmp_path):
-    assert report.latest(str(tmp_path / "metrics.jsonl")) is None
+    assert quickstart_task.latest(str(tmp_path / "metrics.jsonl")) is None
 
 
 def test_running_mean_keeps_length_and_constants():

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from quickstart_task import byte_tokenizer
 from tiny_run import make_run
 from verl.trainer.ppo.core_algos import kl_penalty
 
-from verl_hpt.cpu.quickstart import byte_tokenizer
 from verl_hpt.demos.encode import stop_ids
 from verl_hpt.errors import UserError
 from verl_hpt.gate import GateSettings

@@ -15,8 +15,8 @@ from batches import (
     three_questions,
     updated,
 )
+from quickstart_task import byte_tokenizer
 
-from verl_hpt.cpu.quickstart import byte_tokenizer
 from verl_hpt.demos.read import packed
 from verl_hpt.loss import ROW_FIELD, TEACHER, WEIGHTS
 from verl_hpt.plan import PADDING

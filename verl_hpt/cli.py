@@ -9,22 +9,13 @@ from verl_hpt import __version__
 from verl_hpt.errors import UserError
 
 COMMANDS = {
-    "explain": ("verl_hpt.tools.explain", "CASE.json: what a method does to a small batch, with no model"),
-    "methods": (
-        "verl_hpt.tools.methods",
-        "the table of methods with formulas and sources; --plot FILE draws weights",
-    ),
-    "settings": (
-        "verl_hpt.tools.settings",
-        "every key of hpt.*: default, meaning, what it may be; --json for machines",
-    ),
-    "doctor": ("verl_hpt.tools.doctor", "check the installation; --ray also looks into a worker process"),
-    "data": (
-        "verl_hpt.data.commands",
-        "convert, check, likelihood, eval-set: demonstrations before a GPU hour",
-    ),
-    "history": ("verl_hpt.tools.history", "CHECKPOINT: questions taught, graduated, forgotten, never solved"),
-    "report": ("verl_hpt.tools.report", "RUN_DIR...: table, picture and summary of one or several runs"),
+    "explain": ("tools.explain", "CASE.json: what a method does to a small batch, with no model"),
+    "methods": ("tools.methods", "the table of methods with formulas and sources; --plot FILE draws weights"),
+    "settings": ("tools.settings", "every key of hpt.*: default, meaning, what it may be; --json for machines"),
+    "doctor": ("tools.doctor", "check the installation; --ray also looks into a worker process"),
+    "data": ("data.commands", "convert, check, likelihood, eval-set: demonstrations before a GPU hour"),
+    "history": ("tools.history", "CHECKPOINT: questions taught, graduated, forgotten, never solved"),
+    "report": ("tools.report", "RUN_DIR...: table, picture and summary of one or several runs"),
 }
 
 
@@ -44,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"verl-hpt: unknown command {argv[0]!r}; one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
-        return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:]) or 0
+        return importlib.import_module(f"verl_hpt.{COMMANDS[argv[0]][0]}").main(argv[1:]) or 0
     except UserError as error:
         print(f"verl-hpt {argv[0]}: {error}", file=sys.stderr)
         return 2

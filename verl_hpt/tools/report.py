@@ -1,51 +1,51 @@
 """What a run did, from verl's own metrics: `verl-hpt report RUN_DIR…` writes a picture, a summary and a short table.
 
-A run directory holds `metrics.jsonl`, verl's logger `file` (`trainer.logger=[console,file]`, its place is the
-environment's `VERL_FILE_LOGGER_PATH`). Every number here is taken from there unchanged, or is a mean that the table
-names. Several runs stand side by side: that is the comparison of methods, as fair as their settings were.
-
-Left out: anything that needs the model; smoothing of the numbers (the picture draws the raw points, pale, under their
-running mean).
+A run directory holds `metrics.jsonl`, verl's logger `file`. Every number here is taken from there unchanged, or is a
+mean that the table names. Several runs stand side by side: that compares methods as fairly as their settings were.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
 import re
-import sys
+from typing import NamedTuple
 
 from verl_hpt.errors import UserError
 from verl_hpt.host.alarms import ALARMS, PREFIX
-from verl_hpt.tools import answers
+from verl_hpt.tools import answers, show
 
 METRICS = "metrics.jsonl"
 LAST = 5  # validations whose mean the table gives
 
-# Okabe and Ito's colours, which stay apart for every kind of colour blindness, in the order of use.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
-# Curve of the summary -> verl's metric, the first that a step has. The mean score of the rollouts is the solve rate of
-# a stock run where rewards are 0 or 1.
+class Curve(NamedTuple):
+    """A curve of the summary. metrics: verl's, the first that a step has; colour, line: where one run stands alone."""
+
+    title: str
+    metrics: tuple[str, ...]
+    colour: str
+    line: str
+
+
+VALIDATION = "validation_accuracy"
 CURVES = {
-    "solve_rate": ("hpt/solve_rate", "critic/score/mean"),
-    "rl_solve_rate": ("hpt/rl_solve_rate",),
-    "demo_share": ("hpt/demo_share",),
+    VALIDATION: Curve("Validation accuracy (greedy)", (), show.COLOURS[0], "-"),
+    # The mean score of the rollouts is the solve rate of a stock run where rewards are 0 or 1.
+    "solve_rate": Curve("Solve rate of all rollouts", ("hpt/solve_rate", "critic/score/mean"), show.COLOURS[2], "-"),
+    "rl_solve_rate": Curve("Solve rate of questions on RL", ("hpt/rl_solve_rate",), show.COLOURS[4], ":"),
+    "demo_share": Curve("Share of questions on demonstrations", ("hpt/demo_share",), show.COLOURS[1], "--"),
 }
-TITLES = {
-    "validation_accuracy": "Validation accuracy (greedy)",
-    "solve_rate": "Solve rate of all rollouts",
-    "rl_solve_rate": "Solve rate of questions on RL",
-    "demo_share": "Share of questions on demonstrations",
-}
-_VALIDATION = re.compile(r"^val-core/(?P<source>.+)/(?P<kind>acc|reward|score)/mean@(?P<n>\d+)$")
+_VALIDATION = re.compile(r"^val-core/(.+)/(acc|reward|score)/mean@(\d+)$")
 
 
 def read(path: str) -> list[tuple[int, dict]]:
     """`(step, metrics)` of every complete line of verl's file logger, in order of steps.
 
-    A last line without its newline is being written, or was cut off when the run was killed: it is left out. Errors:
-    any other line that is not `{"step": …, "data": {…}}` is named by file and number.
+    Numbers alone are kept: a step without such rollouts logs nothing, null or NaN. A last line without its newline is
+    being written, or was cut off when the run was killed: it is left out. Any other line that is not
+    `{"step": …, "data": {…}}` is an error, named by file and number.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -68,15 +68,12 @@ def read(path: str) -> list[tuple[int, dict]]:
             raise UserError(
                 f'{path}, line {number}: not a line of verl\'s file logger, {{"step": …, "data": {{…}}}} ({error!r}).'
             ) from None
-        rows.setdefault(step, {}).update(data)
+        rows.setdefault(step, {}).update({name: float(x) for name, x in data.items() if _is_number(x)})
     return sorted(rows.items())
 
 
-def _number(value) -> float | None:
-    """The value as a finite float, or None: a step without such rollouts logs nothing or NaN."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def validation(data: dict) -> dict[str, float]:
@@ -84,27 +81,20 @@ def validation(data: dict) -> dict[str, float]:
 
     `mean@N` is avg@N, the mean over N answers a question; with several N the largest counts.
     """
-    best: dict[str, tuple[tuple[bool, int], float]] = {}
-    for key, value in data.items():
-        match, number = _VALIDATION.match(key), _number(value)
-        if match and number is not None:
-            rank = (match["kind"] == "acc", int(match["n"]))
-            if match["source"] not in best or rank > best[match["source"]][0]:
-                best[match["source"]] = (rank, number)
-    return {source: number for source, (_, number) in sorted(best.items())}
+    matches = [(match.groups(), value) for key, value in data.items() if (match := _VALIDATION.match(key))]
+    ranked = sorted((source, kind == "acc", int(n), value) for (source, kind, n), value in matches)
+    return {source: value for source, *_, value in ranked}  # the last of a source counts
 
 
 def curves(rows: list[tuple[int, dict]]) -> dict[str, list[list[float]]]:
     """The summary's curves, each a list of [step, value]; validation accuracy is the mean over data sources."""
-    found: dict[str, list[list[float]]] = {"validation_accuracy": [], **{name: [] for name in CURVES}}
+    found: dict[str, list[list[float]]] = {name: [] for name in CURVES}
     for step, data in rows:
-        by_source = validation(data)
-        if by_source:
-            found["validation_accuracy"].append([step, sum(by_source.values()) / len(by_source)])
-        for name, keys in CURVES.items():
-            value = next((number for key in keys if (number := _number(data.get(key))) is not None), None)
-            if value is not None:
-                found[name].append([step, value])
+        if by_source := validation(data):
+            found[VALIDATION].append([step, sum(by_source.values()) / len(by_source)])
+        for name, curve in CURVES.items():
+            if key := next(filter(data.__contains__, curve.metrics), None):
+                found[name].append([step, data[key]])
     return found
 
 
@@ -118,32 +108,20 @@ def summarize(run_dir: str) -> dict:
             "Did the run end before its first step, or is this another logger's file?"
         )
     by_source: dict[str, list[list[float]]] = {}
+    fired: dict[str, list[int]] = {}
     for step, data in rows:
         for source, value in validation(data).items():
             by_source.setdefault(source, []).append([step, value])
-    fired: dict[str, list[int]] = {}
-    for step, data in rows:
         for name in ALARMS:
             if data.get(PREFIX + name):
                 fired.setdefault(name, []).append(step)
-    seconds = [n for _, data in rows if (n := _number(data.get("timing_s/step"))) is not None]
     return {
         **found,
         "validation_by_source": by_source,
         "alarms": {name: {"first_step": steps[0], "steps": len(steps)} for name, steps in fired.items()},
         "steps": max(step for step, _ in rows),
-        "seconds_of_steps": round(sum(seconds), 1),
+        "seconds_of_steps": round(sum(data.get("timing_s/step", 0.0) for _, data in rows), 1),
     }
-
-
-def latest(path: str) -> dict | None:
-    """The newest value of each curve and the newest step, for a run under way; None before its first line."""
-    if not os.path.exists(path):
-        return None
-    rows = read(path)
-    if not rows:
-        return None
-    return {"step": rows[-1][0], **{name: points[-1][1] for name, points in curves(rows).items() if points}}
 
 
 def names(run_dirs: list[str]) -> list[str]:
@@ -154,21 +132,18 @@ def names(run_dirs: list[str]) -> list[str]:
 
 def table(summaries: dict[str, dict]) -> str:
     """One row a run: validation at the start and over the last ones, solve rates and demonstrations, first → last."""
-    header = ["run", "validation first", f"last {LAST}, mean", "solve rate", "on RL", "on demonstrations", "steps"]
-    rows = [header]
+    rows = [["run", "validation first", f"last {LAST}, mean", "solve rate", "on RL", "on demonstrations", "steps"]]
     for name, summary in summaries.items():
-        values = [value for _, value in summary["validation_accuracy"]]
-        tail = values[-LAST:]
-        rows.append(
-            [
-                name,
-                f"{values[0]:.3f}" if values else "–",
-                f"{sum(tail) / len(tail):.3f}" if tail else "–",
-                *(_ends(summary[curve]) for curve in ("solve_rate", "rl_solve_rate", "demo_share")),
-                str(summary["steps"]),
-            ]
-        )
-    return _aligned(rows)
+        values = [value for _, value in summary[VALIDATION]]
+        last = values[-LAST:]
+        validations = [f"{values[0]:.3f}", f"{sum(last) / len(last):.3f}"] if values else ["–", "–"]
+        ends = [_ends(summary[curve]) for curve in CURVES if curve != VALIDATION]
+        rows.append([name, *validations, *ends, str(summary["steps"])])
+    return show.table(rows)
+
+
+def _ends(points: list[list[float]]) -> str:
+    return f"{points[0][1]:.2f} → {points[-1][1]:.2f}" if points else "–"
 
 
 def benchmarks(summaries: dict[str, dict]) -> str:
@@ -185,7 +160,7 @@ def benchmarks(summaries: dict[str, dict]) -> str:
         last = {source: 100 * points[-1][1] for source, points in summary["validation_by_source"].items()}
         cells = [f"{last[source]:.1f}" if source in last else "–" for source in sets]
         rows.append([name, *cells, f"{sum(last.values()) / len(sets):.1f}" if len(last) == len(sets) else "–"])
-    return _aligned(rows)
+    return show.table(rows)
 
 
 def alarms(summaries: dict[str, dict]) -> str:
@@ -198,17 +173,6 @@ def alarms(summaries: dict[str, dict]) -> str:
     )
 
 
-def _aligned(rows: list[list[str]]) -> str:
-    """Rows of cells as text, the first of them underlined."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "  ".join("─" * width for width in widths), *lines[1:]])
-
-
-def _ends(points: list[list[float]]) -> str:
-    return f"{points[0][1]:.2f} → {points[-1][1]:.2f}" if points else "–"
-
-
 def smooth(values: list[float], width: int = 5) -> list[float]:
     """Centred running mean over `width` points, over fewer at the ends."""
     half = width // 2
@@ -218,82 +182,41 @@ def smooth(values: list[float], width: int = 5) -> list[float]:
 
 def plot(summaries: dict[str, dict], path: str) -> None:
     """One run: its curves in one picture. Several: a panel a curve, the runs in one colour each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    style = {
-        "font.size": 11,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.color": "#e6e6e6",
-        "axes.axisbelow": True,
-        "legend.frameon": False,
-    }
-    with plt.rc_context(style):
-        figure = _plot_one(plt, *next(iter(summaries.items()))) if len(summaries) == 1 else _plot_many(plt, summaries)
-        figure.savefig(path, dpi=150)
-        plt.close(figure)
-
-
-def _frame(axes, title: str) -> None:
-    axes.set(ylim=(-0.03, 1.03), xlabel="training step")
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-
-
-def _draw(axes, points, colour, label, line="-", marker=None) -> None:
-    """Raw points, pale, under their running mean; validation, measured on purpose, is drawn as it is."""
-    steps, values = zip(*points, strict=True)
-    if marker:
-        axes.plot(steps, values, line, color=colour, label=label, marker=marker, markersize=4.5, linewidth=2)
-        return
-    axes.plot(steps, values, line, color=colour, alpha=0.25, linewidth=1)
-    axes.plot(steps, smooth(list(values)), line, color=colour, label=label, linewidth=2)
-
-
-def _plot_one(plt, name: str, summary: dict):
-    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
-    _frame(axes, name)
-    looks = {
-        "validation_accuracy": (COLOURS[0], "-", "o"),
-        "solve_rate": (COLOURS[2], "-", None),
-        "rl_solve_rate": (COLOURS[4], ":", None),
-        "demo_share": (COLOURS[1], "--", None),
-    }
-    for curve, (colour, line, marker) in looks.items():
-        if summary[curve]:
-            _draw(axes, summary[curve], colour, TITLES[curve], line, marker)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
-    return figure
-
-
-def _plot_many(plt, summaries: dict[str, dict]):
-    shown = [curve for curve in TITLES if any(summary[curve] for summary in summaries.values())]
-    columns = min(2, len(shown))
-    rows = math.ceil(len(shown) / columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(5.6 * columns, 3.6 * rows), layout="constrained", squeeze=False)
-    lines = ("-", "--", "-.", ":")
-    for axes, curve in zip(grid.flat, shown, strict=False):
-        _frame(axes, TITLES[curve])
-        for i, (name, summary) in enumerate(summaries.items()):
-            if summary[curve]:
-                marker = "o" if curve == "validation_accuracy" else None
-                _draw(axes, summary[curve], COLOURS[i % len(COLOURS)], name, lines[i % len(lines)], marker)
-    for axes in grid.flat[len(shown) :]:
-        axes.set_visible(False)
-    labels: dict[str, object] = {}
-    for axes in grid.flat:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            labels.setdefault(label, handle)
-    figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=min(4, len(labels)))
-    return figure
+    if len(summaries) == 1:
+        ((run, summary),) = summaries.items()
+        looks = {name: {"color": curve.colour, "linestyle": curve.line} for name, curve in CURVES.items()}
+        panels = {run: [(name, CURVES[name].title, summary[name], looks[name]) for name in CURVES if summary[name]]}
+    else:
+        panels = {
+            curve.title: [(name, run, s[name], show.look(i)) for i, (run, s) in enumerate(summaries.items()) if s[name]]
+            for name, curve in CURVES.items()
+            if any(summary[name] for summary in summaries.values())
+        }
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    size = (9.0, 5.0) if len(panels) == 1 else (5.6 * columns, 3.6 * rows)
+    with show.picture(path, "--out", rows, columns, size, dpi=150) as (figure, grid):
+        handles: dict[str, object] = {}
+        for axes, (title, lines) in itertools.zip_longest(grid.flat, panels.items(), fillvalue=(None, None)):
+            if title is None:
+                axes.set_visible(False)
+                continue
+            axes.set(ylim=(-0.03, 1.03), xlabel="training step", title=title)
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+            for name, label, points, look in lines:
+                steps, values = zip(*points, strict=True)
+                if name == VALIDATION:  # measured on purpose: drawn as it is
+                    (handle,) = axes.plot(steps, values, marker="o", markersize=4.5, linewidth=2, **look)
+                else:
+                    axes.plot(steps, values, alpha=0.25, linewidth=1, **look)
+                    (handle,) = axes.plot(steps, smooth(list(values)), linewidth=2, **look)
+                handles.setdefault(label, handle)
+        entries = min(2 * columns, len(handles))
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=entries)
 
 
 def main(argv: list[str]) -> int:
-    """`verl-hpt report RUN_DIR… [--out DIR]`: summary.json and report.png into DIR, the table to the terminal."""
+    """Writes summary.json and report.png, prints the tables."""
     parser = argparse.ArgumentParser(
         prog="verl-hpt report",
         description="Picture, summary and table of one run, or of several side by side, from verl's file logger.",
@@ -301,7 +224,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help=f"directory with {METRICS}")
     parser.add_argument("--out", metavar="DIR", help="where to write (default: the run's directory; several runs: .)")
     args = parser.parse_args(argv)
-    summaries = dict(zip(names(args.run_dirs), map(summarize, args.run_dirs), strict=True))
+    runs = dict(zip(names(args.run_dirs), args.run_dirs, strict=True))
+    summaries = {name: summarize(run_dir) for name, run_dir in runs.items()}
     out = args.out or (args.run_dirs[0] if len(args.run_dirs) == 1 else ".")
     try:
         os.makedirs(out, exist_ok=True)
@@ -316,15 +240,8 @@ def main(argv: list[str]) -> int:
         print(f"\nlast avg@N of each validation set, in percent\n{sets}")
     if fired := alarms(summaries):
         print(f"\n{fired}")
-    for name, run_dir in zip(names(args.run_dirs), args.run_dirs, strict=True):
+    for name, run_dir in runs.items():
         if found := answers.answers(run_dir):
-            print(f"\n{name}: answers of the last validation, in percent\n{_aligned(answers.table(found))}")
+            print(f"\n{name}: answers of the last validation, in percent\n{show.table(answers.table(found))}")
     print(f"\n{os.path.join(out, 'report.png')} · {os.path.join(out, 'summary.json')}")
     return 0
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        sys.exit(f"error: {error}")

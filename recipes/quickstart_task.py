@@ -1,8 +1,8 @@
-"""The quickstart's model, data and progress display. Offline; nothing here is needed to use verl-hpt.
+"""The model, the data and the progress display of the recipes for a CPU. Offline.
 
-    python -m verl_hpt.cpu.quickstart model DIR            # a tiny byte-level Qwen2 with random weights
-    python -m verl_hpt.cpu.quickstart data DIR             # DIR/train.parquet and DIR/val.parquet
-    python -m verl_hpt.cpu.quickstart run RUN_DIR --steps N -- COMMAND...   # run it, show a line every few steps
+    python recipes/quickstart_task.py model DIR            # a tiny byte-level Qwen2 with random weights
+    python recipes/quickstart_task.py data DIR             # DIR/train.parquet and DIR/val.parquet
+    python recipes/quickstart_task.py run RUN_DIR --steps N -- COMMAND...   # run it, show a line every few steps
 
 The task: write a word of five random letters backwards. A demonstration builds the answer letter by letter, in the
 form GSM8K's solutions have, with the answer after `####`:
@@ -132,8 +132,6 @@ def write_model(directory: str, seed: int, max_length: int = 1024) -> int:
 
 def run(directory: str, command: list[str], steps: int, every: int) -> int:
     """Run a training whose log goes to train.log; print a line every few steps from its metrics.jsonl. Exit status."""
-    from verl_hpt.tools.report import latest
-
     os.makedirs(directory, exist_ok=True)
     log_path, metrics_path = (os.path.join(directory, name) for name in ("train.log", "metrics.jsonl"))
     if os.path.exists(metrics_path):
@@ -168,6 +166,17 @@ def run(directory: str, command: list[str], steps: int, every: int) -> int:
     return status
 
 
+def latest(path: str) -> dict | None:
+    """The newest value of each curve and the newest step, for a run under way; None before its first line."""
+    if not os.path.exists(path):
+        return None
+    from verl_hpt.tools.report import curves, read
+
+    if not (rows := read(path)):
+        return None
+    return {"step": rows[-1][0], **{name: points[-1][1] for name, points in curves(rows).items() if points}}
+
+
 def progress_line(seen: dict, steps: int, seconds: float) -> str:
     """One line of progress from the newest value of each curve."""
     parts = [f"step {seen['step']:4d}/{steps}"]
@@ -181,7 +190,7 @@ def progress_line(seen: dict, steps: int, seconds: float) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m verl_hpt.cpu.quickstart", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="quickstart_task.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("model", "data"):
         sub = commands.add_parser(name)
