@@ -7,9 +7,8 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from verl_hpt.data.options import json_option
 from verl_hpt.data.read import BadRow
-from verl_hpt.data.render import Renderer
+from verl_hpt.data.render import Renderer, renderer
 from verl_hpt.demos import encode as D
 from verl_hpt.demos.columns import DemoColumns, read_demos
 from verl_hpt.errors import UserError
@@ -61,21 +60,7 @@ class Likelihood:
         return total / float(mask.sum())
 
 
-def add_likelihood(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="IN", help="parquet as verl reads it (`data convert` makes it)")
-    parser.add_argument("out", metavar="OUT", help="parquet file to write: IN and one more column")
-    parser.add_argument("--model", metavar="PATH", required=True, help="frozen model; GRAPE: the one to be trained")
-    parser.add_argument("--tokenizer", metavar="PATH", help="default: the model's")
-    parser.add_argument("--column", default="log_likelihood", help="name of the column, as hpt.demo.log_likelihood")
-    parser.add_argument("--prompt-key", default="prompt")
-    parser.add_argument("--demo-key", default="target")
-    parser.add_argument("--max-response-length", type=int, help="tokens, as data.max_response_length")
-    parser.add_argument("--template-kwargs", default="{}", metavar="JSON", help="data.apply_chat_template_kwargs")
-    parser.add_argument("--eos", help="id or text of the EOS token, as hpt.demo.eos; default: the tokenizer's")
-    parser.add_argument("--device", help="torch device; default: the GPU where there is one")
-
-
-def run_likelihood(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Write the column: a number for each demonstration, null where training could not use it. Memory: a row group.
 
     Raises `UserError` for a file, model or column that does not fit; OUT appears whole or not at all.
@@ -88,7 +73,6 @@ def run_likelihood(args: argparse.Namespace) -> int:
         raise UserError("IN and OUT must be different files, and IN not OUT.part")
     if not args.out.endswith(".parquet"):
         raise UserError(f"{args.out}: verl reads parquet by its name; call the output something.parquet")
-    kwargs = json_option("--template-kwargs", args.template_kwargs)
     try:
         source = pq.ParquetFile(args.file)
     except (OSError, pa.ArrowException) as error:
@@ -102,14 +86,9 @@ def run_likelihood(args: argparse.Namespace) -> int:
             raise UserError(f"{args.file}: no column `{column}` ({option}); it has {', '.join(names)}")
     if not args.column:
         raise UserError("--column must have a name")
-    if args.max_response_length is not None and args.max_response_length < 1:
-        raise UserError(f"--max-response-length must be 1 or more, got {args.max_response_length}")
     if args.column in names:
         raise UserError(f"{args.file}: has a column `{args.column}` already; name another: --column")
-    option = "--tokenizer" if args.tokenizer else "--model"
-    render = Renderer(
-        args.tokenizer or args.model, option=option, eos=args.eos, max_length=args.max_response_length, kwargs=kwargs
-    )
+    render = renderer(args)
     schema = source.schema_arrow.append(pa.field(args.column, pa.list_(pa.float64())))
     part, counts, first = f"{args.out}.part", Counter(), 1
     if os.path.isdir(args.out):

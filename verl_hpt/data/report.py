@@ -1,12 +1,75 @@
 """The result of `verl-hpt data check` for people (text, picture) and for machines (JSON)."""
 
 import math
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
-from verl_hpt.data.result import Result
+from verl_hpt.demos.encode import REASONS
 
+FINDINGS = {  # message, and whether it would hurt training
+    "eos": ("demonstrations would end with a token at which rollouts do not stop", True),
+    "form": ("not in verl's form yet: `verl-hpt data convert` first", True),
+    "no column": ("the demonstrations' column is not there (hpt.demo.key)", True),
+    "schema": ("rows that verl cannot train on", True),
+    "null among": ("nulls among a row's demonstrations (the others would be used)", True),
+    **{f"unusable: {reason}": (f"demonstrations: {message}", True) for reason, message in REASONS.items()},
+    "json text": ("chat messages written as JSON text: they would be trained on literally", True),
+    "think": ("the prompt opens <think> and the demonstration never closes it", False),
+    "round trip": ("the tokenizer does not give the text back: it will be trained on as something else", False),
+    "prompt": ("prompts that the chat template refuses", True),
+    "prompt length": ("prompts too long: verl drops them", False),
+    "reward": ("the reward function fails, or gives no finite number", True),
+    "grading": ("the grader hit its limit, or broke", False),
+    "rejected": ("demonstrations that the reward function does not count as solved", True),
+    "duplicate": ("questions that stand in the file more than once", False),
+    "contradiction": ("the same question with another expected answer", True),
+    "leak": ("rows of validation whose question is in this file", True),
+    "without": ("questions without a demonstration keep their rollouts", False),
+    "nothing usable": ("no demonstration can be trained on", True),
+}
 _BAR = 40  # characters of the longest bar
 _SHOWN_PROMPT, _SHOWN_START, _SHOWN_END = 12, 24, 8  # tokens of a demonstration shown one by one
+
+
+@dataclass
+class Finding:
+    """One kind of trouble: how often, where, and whether it would hurt training."""
+
+    check: str
+    message: str
+    harmful: bool
+    count: int = 0
+    examples: list[dict] = field(default_factory=list)
+
+
+@dataclass
+class Result:
+    """Everything the check learned; the report and the JSON are made from it."""
+
+    file: str
+    rows: int = 0
+    questions: int = 0  # different ones among the rows
+    demonstrations: int = 0
+    usable: int = 0
+    without: int = 0
+    unit: str = "characters"
+    grader: str = "the shipped grader, verl_hpt.reward"
+    lengths: list[int] = field(default_factory=list)
+    prompt_lengths: list[int] = field(default_factory=list)
+    rewards: dict[str, list[float]] = field(default_factory=dict)  # data source → [graded, sum, rejected]
+    reasons: Counter = field(default_factory=Counter)
+    findings: dict[str, Finding] = field(default_factory=dict)
+    log_likelihoods: list[float] = field(default_factory=list)
+    rendered: list[dict] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def found(self, check: str, row: int, field: str, detail: str = "") -> None:
+        """Count one more of `FINDINGS`, with the row and the field that show it."""
+        finding = self.findings.setdefault(check, Finding(check, *FINDINGS[check]))
+        finding.count += 1
+        if len(finding.examples) < 100:
+            finding.examples.append({"file": self.file, "row": row, "field": field, "detail": detail[:300]})
 
 
 def histogram(values: list[int], bins: int = 12) -> list[tuple[int, int, int]]:
@@ -59,7 +122,7 @@ def as_json(result: Result) -> dict[str, Any]:
     }
 
 
-def text(result: Result, limit: int | None, examples: int) -> str:
+def text(result: Result, limit: int | None, examples: int = 5) -> str:
     """The readable report."""
     lines = [
         f"{result.file}: {result.rows} rows with {result.questions} different questions, "
