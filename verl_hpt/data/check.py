@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json and args.json != "-":
         Path(args.json).write_text(content + "\n", encoding="utf-8")
     print(content if args.json == "-" else text)
-    return 1 if any(finding.harmful for finding in result.findings.values()) else 0
+    return 1 if result.harmful() else 0
 
 
 def check_outputs(args: argparse.Namespace) -> None:
@@ -294,5 +294,5 @@ def _judge(result: Result, tolerance: float, demo_key: str) -> None:
             finding.harmful, finding.message = True, "no question has a demonstration"
         else:
             finding.examples.clear()
-    if result.rows and not result.usable and not any(finding.harmful for finding in result.findings.values()):
+    if result.rows and not result.usable and not result.harmful():
         result.found("nothing usable", 0, demo_key)
