@@ -20,7 +20,7 @@ from verl_hpt.data import report
 from verl_hpt.data.convert import Options, to_verl
 from verl_hpt.data.formats import JSON_FIELDS, Layout, Row, detect, opened
 from verl_hpt.data.grade import Grade, load_reward
-from verl_hpt.data.questions import Questions, form_problem
+from verl_hpt.data.questions import Questions, check_form
 from verl_hpt.data.read import BadRow, count_rows, file_kind, read_rows
 from verl_hpt.data.render import Renderer, difference, renderer
 from verl_hpt.data.report import Result
@@ -149,8 +149,7 @@ def _verl_rows(checks: Check) -> Iterator[tuple[int, dict]]:
         result.rows += 1
         try:
             if layout is None:
-                if problem := form_problem(values, checks.prompt_key):
-                    raise row.bad(*problem)
+                check_form(row, checks.prompt_key)
                 yield (
                     number,
                     {**values, "prompt": plain(values[checks.prompt_key]), "target": values.get(checks.demo_key)},

@@ -6,6 +6,7 @@ Memory is that of one row group (16 MiB of text). Output goes to `OUT.part` firs
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -180,12 +181,10 @@ def run(args: argparse.Namespace) -> int:
             if name not in log.named:
                 known = _listed([*dict.fromkeys(field for fields in log.fields.values() for field in fields)])
                 raise UserError(f"{option} {name}: no row has such a field; they have {known}")
-    counts, sources, demos = Counter(), Counter(), Counter()
-    if schema is not None:
-        counts, sources, demos = _write(args, _rows(args, log, lambda bad: None), schema, log)
+    if schema is None:
+        raise _nothing(log)
+    counts, sources, demos = _write(args, _rows(args, log, lambda bad: None), schema, log)
     log.print_skipped()
-    if not counts["rows"]:
-        raise UserError("no row was written: all are bad" if log.bad else "no rows to write")
     print(f"{args.out}: {counts['train']} rows" + (f"; {args.val}: {counts['val']} rows" if args.val else ""))
     print(f"{demos.total()} demonstrations; {counts['without']} questions without one")
     print("data_source: " + ", ".join(f"{name} {n}" for name, n in sources.most_common(20)))
@@ -214,35 +213,34 @@ def _listed(names: list[str]) -> str:
 def _write(args: argparse.Namespace, rows: Iterator[Made], schema, log: Log) -> tuple[Counter, Counter, Counter]:
     """Write the rows; without any, no file. Counts of rows, of rows by data_source, of demonstrations by file."""
     counts, sources, demos = Counter(), Counter(), Counter()
-    writers: dict[str, Writer] = {}
-    try:
-        for split, path in (("train", args.out), ("val", args.val)):
-            if path:
-                writers[split] = Writer(path, schema)
+    with contextlib.ExitStack() as stack:
+        paths = {"train": args.out, "val": args.val}
+        writers = {split: stack.enter_context(Writer(path, schema)) for split, path in paths.items() if path}
         for group in groups(rows, lambda made: made.values):
-            splits: dict[str, list[Made]] = {split: [] for split in writers}
+            parts: dict[str, list[Made]] = {split: [] for split in writers}
             for made in group:
                 val = args.val and in_validation(made.values["prompt"], args.val_share, args.seed)
-                splits["val" if val else "train"].append(made)
-            for split, part in splits.items():
+                parts["val" if val else "train"].append(made)
+            for split, part in parts.items():
                 while part and (changed := writers[split].write([made.values for made in part], split)):
                     for position, path, problem in changed:
                         log.skip(part[position].bad(path, problem))
                     positions = {position for position, *_ in changed}
                     part = [made for i, made in enumerate(part) if i not in positions]
-                counts += Counter({"rows": len(part), split: len(part)})
+                counts[split] += len(part)
                 for made in part:
                     count = sum(demo is not None for demo in made.values["target"])
                     demos[made.row.file] += count
                     counts["without"] += not count
                     sources[made.values["data_source"]] += 1
-        for writer in writers.values():
-            writer.close() if counts["rows"] else writer.abandon()
-    except BaseException:
-        for writer in writers.values():
-            writer.abandon()
-        raise
+        if not sources:
+            raise _nothing(log)
     return counts, sources, demos
+
+
+def _nothing(log: Log) -> UserError:
+    log.print_skipped()
+    return UserError("no row was written: all are bad" if log.bad else "no rows to write")
 
 
 def _rows(args: argparse.Namespace, log: Log, skip) -> Iterator[Made]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from verl_hpt.data.convert import Options, to_verl
 from verl_hpt.data.formats import Row, detect
-from verl_hpt.data.read import read_rows
+from verl_hpt.data.read import BadRow, read_rows
 from verl_hpt.data.write import Writer, schema_of
 from verl_hpt.errors import UserError
 
@@ -34,14 +34,9 @@ def run(args: argparse.Namespace) -> int:
             made["extra_info"] = {"index": 0, "split": "test", **made["extra_info"]}
             made["target"] = []
             rows += [{**made, "extra_info": {**made["extra_info"], "index": len(rows) + i}} for i in range(args.repeat)]
-        writer = Writer(out, schema_of([rows], False))
-        try:
+        with Writer(out, schema_of([rows], False)) as writer:
             for position, path, problem in writer.write(rows, "test"):
-                raise UserError(f"{source}: row {rows[position]['extra_info']['row']}: field `{path}`: {problem}")
-            writer.close()
-        except BaseException:
-            writer.abandon()
-            raise
+                raise BadRow(source, rows[position]["extra_info"]["row"], path, problem)
         written.append(out)
         print(f"{out}: {len(rows)} rows, data_source {name}")
     print("data.val_files=[" + ",".join(written) + "]")

@@ -3,7 +3,7 @@
 import itertools
 from typing import Any
 
-from verl_hpt.data.formats import Layout, Row, detect, opened
+from verl_hpt.data.formats import Layout, Row, detect, encodable, opened
 from verl_hpt.data.read import BadRow, read_rows
 from verl_hpt.data.report import Result
 from verl_hpt.demos.encode import plain
@@ -19,46 +19,37 @@ def question_text(prompt: Any) -> str:
     return " ".join(str(prompt).casefold().split())
 
 
-def form_problem(row: dict, prompt_key: str) -> tuple[str, str] | None:
-    """(field, problem) of a row that is not what verl's dataset and reward loop read."""
-    prompt = plain(row.get(prompt_key))
+def check_form(row: Row, prompt_key: str) -> None:
+    """Raise `BadRow` for a row that is not what verl's dataset and reward loop read."""
+    prompt, values = plain(row.values.get(prompt_key)), row.values
     if not isinstance(prompt, list) or not prompt:
-        got = "nothing" if not prompt else type(prompt).__name__
-        return prompt_key, f"must be a list of chat messages, got {got}"
+        raise row.bad(
+            prompt_key, f"must be a list of chat messages, got {type(prompt).__name__ if prompt else 'nothing'}"
+        )
     for i, message in enumerate(prompt):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            return f"{prompt_key}[{i}].role", "every message needs a role"
-        content = message.get("content")
-        if not isinstance(content, str):
-            return f"{prompt_key}[{i}].content", f"must be text, got {type(content).__name__}"
-        if problem := _not_encodable(content):
-            return f"{prompt_key}[{i}].content", problem
+            raise row.bad(f"{prompt_key}[{i}].role", "every message needs a role")
+        if not isinstance(message.get("content"), str):
+            kind = type(message.get("content")).__name__
+            raise row.bad(f"{prompt_key}[{i}].content", f"must be text, got {kind}")
+        encodable(row, f"{prompt_key}[{i}].content", message["content"])
     if prompt[-1]["role"] == "assistant":
-        return prompt_key, "ends with the assistant's message, before which the rollout should start"
-    if not any(m["content"].strip() for m in prompt if m["role"] != "system"):
-        return prompt_key, "asks nothing: no text but the system's"
-    if not isinstance(row.get("data_source"), str) or not row["data_source"]:
-        return "data_source", f"must be text, got {type(row.get('data_source')).__name__}"
-    reward_model = row.get("reward_model")
-    if not isinstance(reward_model, dict):
-        return "reward_model", f"must hold style and ground_truth, got {type(reward_model).__name__}"
-    truth = plain(reward_model.get("ground_truth"))
+        raise row.bad(prompt_key, "ends with the assistant's message, before which the rollout should start")
+    if not any(message["content"].strip() for message in prompt if message["role"] != "system"):
+        raise row.bad(prompt_key, "asks nothing: no text but the system's")
+    for name, kind, what in (
+        ("data_source", str, "must be text"),
+        ("reward_model", dict, "must hold style and ground_truth"),
+        ("extra_info", dict | None, "must be a struct"),
+    ):
+        value = values.get(name)
+        if not isinstance(value, kind) or value == "":
+            raise row.bad(name, f"{what}, got {type(value).__name__}")
+    truth = plain(values["reward_model"].get("ground_truth"))
     if truth is None or truth != truth or (isinstance(truth, str | list) and not truth):
-        return "reward_model.ground_truth", f"the expected answer is missing, got {truth!r}"
-    if isinstance(truth, str) and (problem := _not_encodable(truth)):
-        return "reward_model.ground_truth", problem
-    info = row.get("extra_info")
-    if info is not None and not isinstance(info, dict):
-        return "extra_info", f"must be a struct, got {type(info).__name__}"
-    return None
-
-
-def _not_encodable(text: str) -> str | None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return f"character {error.start} is half of a surrogate pair"
-    return None
+        raise row.bad("reward_model.ground_truth", f"the expected answer is missing, got {truth!r}")
+    if isinstance(truth, str):
+        encodable(row, "reward_model.ground_truth", truth)
 
 
 class Questions:

@@ -76,7 +76,7 @@ def count_rows(source: str) -> int | None:
     """How many rows a parquet file says it has; None where only reading would tell."""
     if not Path(source).is_file() or file_kind(source) != "parquet":
         return None
-    return _open_parquet(source).metadata.num_rows
+    return open_parquet(source).metadata.num_rows
 
 
 def file_kind(source: str) -> str:
@@ -102,7 +102,7 @@ def file_kind(source: str) -> str:
     raise BadRow(source, 0, "(file)", f"is neither parquet nor JSON; known: {', '.join(_SUFFIXES)}")
 
 
-def _open_parquet(source: str) -> pq.ParquetFile:
+def open_parquet(source: str) -> pq.ParquetFile:
     try:
         # Buffered column streams: a file of one huge row group is read page by page, not held whole.
         return pq.ParquetFile(source, pre_buffer=False, buffer_size=2**20, page_checksum_verification=True)
@@ -111,7 +111,7 @@ def _open_parquet(source: str) -> pq.ParquetFile:
 
 
 def _parquet_rows(source: str, bad_row: Skip) -> Iterator[tuple[int, dict]]:
-    file, number = _open_parquet(source), 0
+    file, number = open_parquet(source), 0
     try:
         size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups))
         batch_rows = max(1, min(1024, _BATCH_BYTES * max(file.metadata.num_rows, 1) // max(size, 1)))

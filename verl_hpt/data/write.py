@@ -134,31 +134,51 @@ def _same(meant: Any, written: Any) -> bool:
 
 
 class Writer:
-    """A parquet file written group by group under a provisional name, `PATH.part`."""
+    """A parquet file under a provisional name: leaving the `with` proves and names it, an exception removes it."""
 
     def __init__(self, path: str, schema: pa.Schema):
         self.path, self.part, self.schema, self.count = path, f"{path}.part", schema, 0
-        self.several = pa.types.is_list(schema.field("target").type.value_type)
-        self.digests: list[int] = []
+        self.digests: list[int] = []  # of each row group
         if not path.endswith(".parquet"):
             raise UserError(f"{path}: verl reads parquet by its name; call the output something.parquet")
         if Path(path).is_dir():
             raise UserError(f"{path}: cannot be written: it is a folder")
-        try:
-            with self._writing():
-                Path(path).parent.mkdir(parents=True, exist_ok=True)
-                self.file = pq.ParquetWriter(self.part, schema, compression="zstd", write_page_checksum=True)
-        except UserError:
-            with contextlib.suppress(OSError):
-                Path(self.part).unlink(missing_ok=True)
-            raise
+        with self._writing():
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self.file = pq.ParquetWriter(self.part, schema, compression="zstd", write_page_checksum=True)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
         except (OSError, pa.ArrowException) as error:
+            self._remove()
             raise UserError(f"{self.path}: cannot be written: {error}") from None
+
+    def _remove(self) -> None:
+        with contextlib.suppress(OSError):
+            Path(self.part).unlink(missing_ok=True)
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind, *_: Any) -> None:
+        """Read back what was written, then give the file its name."""
+        try:
+            with self._writing():
+                self.file.close()
+                if kind is None:
+                    self._prove()
+                    os.replace(self.part, self.path)
+        finally:
+            self.file.is_open = False  # else it tries once more when it is collected, and prints what it raises
+            self._remove()
+
+    def _prove(self) -> None:
+        file = pq.ParquetFile(self.part, page_checksum_verification=True)
+        for group, digest in enumerate(self.digests):
+            if hash(repr(file.read_row_group(group).to_pylist())) != digest:
+                raise UserError(f"{self.path}: row group {group + 1} does not read back as it was written")
 
     def write(self, rows: list[dict], split: str) -> list[tuple[int, str, str]]:
         """Write rows as one group. Where some would change: write none, return the position, path and problem of each.
@@ -166,41 +186,27 @@ class Writer:
         `extra_info` gets an index, counted in this file, and a split where the row has none of its own.
         """
         rows = [self._final(row, index, split) for index, row in enumerate(rows, self.count)]
-        try:
+        written = None
+        with contextlib.suppress(*_ERRORS):
             table = pa.Table.from_pylist(rows, self.schema)
             written = table.to_pylist()
-        except _ERRORS:
-            written = None
-        if written is None or not all(map(_same, rows, written)):
-            kind = pa.struct(self.schema)
-            changed = [(i, bad[0][1:], bad[1]) for i, row in enumerate(rows) if (bad := misfit(row, kind)) is not None]
-            if not changed:
-                raise UserError(f"{self.path}: rows {self.count + 1} on cannot be written, though each alone can")
-            return changed
-        self.digests.append(hash(repr(written)))
+        if written is not None and all(map(_same, rows, written)):
+            self.write_table(table, hash(repr(written)))
+            return []
+        kind = pa.struct(self.schema)
+        changed = [(i, bad[0][1:], bad[1]) for i, row in enumerate(rows) if (bad := misfit(row, kind)) is not None]
+        if not changed:
+            raise UserError(f"{self.path}: rows {self.count + 1} on cannot be written, though each alone can")
+        return changed
+
+    def write_table(self, table: pa.Table, digest: int | None = None) -> None:
+        """Write a table as one group; it is proven to read back equal."""
+        self.digests.append(hash(repr(table.to_pylist())) if digest is None else digest)
         with self._writing():
             self.file.write_table(table)
-        self.count += len(rows)
-        return []
+        self.count += len(table)
 
     def _final(self, row: dict, index: int, split: str) -> dict:
-        target = row["target"] if self.several else next(iter(row["target"]), None)
+        several = pa.types.is_list(self.schema.field("target").type.value_type)
+        target = row["target"] if several else next(iter(row["target"]), None)
         return {**row, "extra_info": {"index": index, "split": split, **row["extra_info"]}, "target": target}
-
-    def close(self) -> None:
-        """Read back what was written, then give the file its name."""
-        with self._writing():
-            self.file.close()
-            file = pq.ParquetFile(self.part, page_checksum_verification=True)
-            for group, digest in enumerate(self.digests):
-                if hash(repr(file.read_row_group(group).to_pylist())) != digest:
-                    raise UserError(f"{self.path}: row group {group + 1} does not read back as it was written")
-            os.replace(self.part, self.path)
-
-    def abandon(self) -> None:
-        """Leave nothing behind."""
-        with contextlib.suppress(UserError), self._writing():
-            self.file.close()
-        self.file.is_open = False  # else it tries once more when it is collected, and prints what it raises
-        with contextlib.suppress(OSError):
-            Path(self.part).unlink(missing_ok=True)
