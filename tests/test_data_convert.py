@@ -15,7 +15,9 @@ from tiny_tokenizers import tiny
 
 from verl_hpt import reward
 from verl_hpt.data.commands import main
-from verl_hpt.data.rows import in_validation, question_text
+from verl_hpt.data.convert import in_validation
+from verl_hpt.data.formats import FORMATS, Format, Layout, Question
+from verl_hpt.data.questions import question_text
 from verl_hpt.demos.encode import demonstrations, encode
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,19 +107,19 @@ def test_several_demonstrations_and_further_columns(tmp_path):
         {"prompt": "1+1?", "target": "Two.\n#### 2", "r": [1.0], "answer": "2"},
         {"prompt": "1+2?", "target": None, "r": None, "answer": "3"},
     ]
-    made = converted(tmp_path, rows, "--keep", "r")
+    made = converted(tmp_path, rows)
     assert made[0]["target"] == [[say("It is 4.\n#### 4")], [say("Four.\n#### 4")]]
     assert [len(demonstrations(r["target"])) for r in made] == [2, 1, 0]
     assert [r["r"] for r in made] == [[1.0, 0.5], [1.0], None]
 
 
-def test_late_second_demonstration_asks_for_several(tmp_path, capsys):
+def test_late_second_demonstration_makes_lists_of_all(tmp_path, capsys):
     rows = [{"prompt": f"{i}?", "target": "x", "answer": "1"} for i in range(600)]
-    rows.append({"prompt": "last?", "target": ["x", "y"], "answer": "1"})
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    assert main(["convert", str(tmp_path / "in.jsonl"), str(tmp_path / "out.parquet")]) == 2
-    assert "in.jsonl: row 601: field `target`" in capsys.readouterr().err
-    assert main(["convert", str(tmp_path / "in.jsonl"), str(tmp_path / "out.parquet"), "--several"]) == 0
+    for options in ([], ["--several"]):
+        made = converted(tmp_path, [*rows, {"prompt": "last?", "target": ["x", "y"], "answer": "1"}], *options)
+        assert made[0]["target"] == [[say("x")]] and made[600]["target"] == [[say("x")], [say("y")]]
+    assert converted(tmp_path, rows)[0]["target"] == [say("x")]
+    assert converted(tmp_path, rows, "--several")[0]["target"] == [[say("x")]]
 
 
 def test_tool_conversations_keep_their_calls(tmp_path):
@@ -142,10 +144,9 @@ def test_late_tool_call_never_vanishes(tmp_path, capsys):
     plain = [{"messages": [ask(f"{i}?"), say("#### 1")]} for i in range(600)]
     call = {"function": {"name": "f", "arguments": "{}"}}
     late = {"messages": [ask("x?"), {"role": "assistant", "content": "", "tool_calls": [call]}, say("#### 1")]}
-    text = "".join(json.dumps(r) + "\n" for r in [*plain, late])
-    (tmp_path / "in.jsonl").write_text(text, encoding="utf-8")
-    assert main(["convert", str(tmp_path / "in.jsonl"), str(tmp_path / "out.parquet")]) == 2
-    assert "row 601: field `target.tool_calls`" in capsys.readouterr().err
+    made = converted(tmp_path, [*plain, late])
+    assert made[600]["target"][0]["tool_calls"] == [{**call, "type": "function"}]
+    assert made[0]["target"] == [{**say("#### 1"), "tool_calls": None}]
 
 
 def test_several_files_and_a_local_dataset_folder(tmp_path):
@@ -168,7 +169,7 @@ def test_validation_split_depends_on_the_question_alone():
 
 @pytest.mark.parametrize(
     "options",
-    [["--val-share", "2"], ["--format", "messages"], ["--prompt-key", "nope"], ["--keep", "nope"], ["--limit", "0"]],
+    [["--val-share", "2"], ["--format", "messages"], ["--prompt-key", "nope"], ["--drop", "nope"], ["--limit", "0"]],
     ids=" ".join,
 )
 def test_wrong_options_are_one_message(tmp_path, capsys, options):
@@ -222,9 +223,9 @@ def test_alpacas_input_belongs_to_its_question(tmp_path, capsys):
         {"instruction": "Add.", "input": "2 and 2", "output": "#### 4", "answer": "4"},
         {"instruction": "Add.", "input": " ", "output": "#### 4", "answer": "4"},
     ]
-    _, made, out, _ = said(tmp_path, capsys, rows)
+    _, made, *_ = said(tmp_path, capsys, rows)
     assert [r["prompt"][0]["content"] for r in made] == ["Add.", "Add.\n\n2 and 2", "Add."]
-    assert "not carried over" not in out
+    assert "input" not in made[0]
     status, _, _, err = said(tmp_path, capsys, [{**rows[0], "input": {"a": 2}}])
     assert status == 2 and "field `input`: must be text" in err
 
@@ -232,13 +233,13 @@ def test_alpacas_input_belongs_to_its_question(tmp_path, capsys):
 def test_a_system_text_beside_the_messages_is_their_system_message(tmp_path, capsys):
     row = {"system": "Think.", "tools": "[]", "messages": [ask("a?"), say("#### 1")]}
     system = {"role": "system", "content": "Think."}
-    _, (made,), out, _ = said(tmp_path, capsys, [row])
+    _, (made,), *_ = said(tmp_path, capsys, [row])
     assert made["prompt"] == [system, ask("a?")] and made["target"] == [say("#### 1")]
-    assert "not carried over: `tools`;" in out
+    assert made["tools"] == "[]" and "system" not in made
     assert said(tmp_path, capsys, [row], "--drop-system")[1][0]["prompt"] == [ask("a?")]
     own = {**row, "messages": [{"role": "system", "content": "Own."}, *row["messages"]]}
-    _, (made,), out, _ = said(tmp_path, capsys, [own])
-    assert made["prompt"][0]["content"] == "Own." and "not carried over: `system`, `tools`" in out
+    _, (made,), *_ = said(tmp_path, capsys, [own])
+    assert made["prompt"][0]["content"] == "Own." and (made["system"], made["tools"]) == ("Think.", "[]")
 
 
 @pytest.mark.parametrize("name", ["solutions", "responses", "completions", "outputs", "answers"])
@@ -250,9 +251,8 @@ def test_lists_of_demonstrations_have_further_names(tmp_path, capsys, name):
 
 def test_a_file_without_demonstrations_is_warned_of(tmp_path, capsys):
     row = {"question": "a?", "answer": "1", "proof": "x"}
-    status, _, out, err = said(tmp_path, capsys, [row])
-    assert status == 0 and "its fields are `question`, `answer`, `proof`: --demo-key" in err
-    assert "not carried over: `proof`; to carry one over: --keep NAME" in out
+    status, (made,), _, err = said(tmp_path, capsys, [row])
+    assert status == 0 and "its fields are `question`, `answer`, `proof`: --demo-key" in err and made["proof"] == "x"
     assert not said(tmp_path, capsys, [row], "--demo-key", "proof")[3]
 
 
@@ -277,8 +277,8 @@ def test_an_empty_training_file_is_warned_of(tmp_path, capsys):
 
 
 def test_bad_rows_are_left_out_and_counted(tmp_path, capsys):
-    late = {"messages": [ask("x?"), {**say(""), "tool_calls": [{"function": {"name": "f"}}]}, say("#### 1")]}
-    rows = [{"messages": [ask(f"{i}?"), say("#### 1")]} for i in range(600)]
+    late = {"messages": [ask("x?"), {**say("#### 1"), "weight": "x"}]}
+    rows = [{"messages": [ask(f"{i}?"), {**say("#### 1"), "weight": 1}]} for i in range(600)]
     bad = [{}, {"messages": [ask("b?"), say("no")]}, {"messages": [ask("c?"), say("no")]}, late]
     text = "".join(json.dumps(r) + "\n" for r in [*bad[:1], *rows, *bad[1:]]) + "[1]\n{cut\n"
     assert said(tmp_path, capsys, text)[0] == 2
@@ -286,7 +286,7 @@ def test_bad_rows_are_left_out_and_counted(tmp_path, capsys):
     assert status == 0 and len(made) == 600 and [r["extra_info"]["index"] for r in made] == list(range(600))
     assert "--skip-bad left out 6 bad rows:" in out and "  2 × `messages`: no expected answer" in out
     assert out.count("for example") == 5 and "in.jsonl: row 602: field `messages`" in out
-    assert "`target.tool_calls`: appears first here, after N rows" in out
+    assert "`messages.weight`: fits no one type with the rows before it, which have intN" in out
     status, made, out, err = said(tmp_path, capsys, [{"question": "a?", "answer": None}], "--skip-bad")
     assert status == 2 and made is None and "no row was written" in err and "1 bad rows" in out
     (tmp_path / "list.json").write_text(json.dumps([asked(), 5, asked()]), encoding="utf-8")
@@ -297,7 +297,7 @@ def test_bad_rows_are_left_out_and_counted(tmp_path, capsys):
 def test_a_row_that_arrow_refuses_is_left_out_too(tmp_path, capsys):
     rows = [{"messages": [{**ask("a?"), "name": name}, say("#### 1")]} for name in ("ann", 5, "bob")]
     status, _, _, err = said(tmp_path, capsys, rows)
-    assert status == 2 and "row 2: field `prompt`" in err
+    assert status == 2 and "row 2: field `messages.name`" in err
     status, made, *_ = said(tmp_path, capsys, rows, "--skip-bad")
     assert status == 0 and [r["prompt"][0]["name"] for r in made] == ["ann", "bob"]
 
@@ -332,13 +332,43 @@ def test_tables_of_text_say_how_to_make_json_of_them(tmp_path, capsys):
 
 
 def test_fields_are_known_whatever_their_case(tmp_path, capsys):
-    _, (made,), out, _ = said(tmp_path, capsys, [{"Question": "a?", "Solution": "It is 1.", "Answer": "1"}])
-    assert made["prompt"] == [ask("a?")] and made["target"] == [say("It is 1.")] and "not carried" not in out
+    _, (made,), *_ = said(tmp_path, capsys, [{"Question": "a?", "Solution": "It is 1.", "Answer": "1"}])
+    assert made["prompt"] == [ask("a?")] and made["target"] == [say("It is 1.")] and len(made) == 6
     assert made["reward_model"]["ground_truth"] == "1"
     _, (made,), *_ = said(tmp_path, capsys, [{"Question": "a?", "Answer": "It is 1.\n#### 1"}])
     assert made["target"] == [say("It is 1.\n#### 1")] and made["data_source"] == "openai/gsm8k"
     _, (made,), *_ = said(tmp_path, capsys, [{"Messages": [ask("a?"), say("#### 1")], "problem": "b?"}])
     assert made["prompt"] == [ask("a?")]
+
+
+def test_a_format_of_ones_own_is_one_entry(tmp_path, capsys, monkeypatch):
+    """Votes on answers: the entry is all that convert, check and --format need."""
+
+    def detect(values, named):
+        return Layout("ask", "answers", None) if "votes" in values else None
+
+    def read(row, layout):
+        best = max(range(len(row.values["votes"])), key=row.values["votes"].__getitem__)
+        answers = row.values["answers"]
+        if len(answers) != len(row.values["votes"]):
+            raise row.bad("votes", "must be one number for each answer")
+        return Question([ask(row.values["ask"])], [answers[best]], answers[best].rpartition(" ")[2])
+
+    monkeypatch.setitem(FORMATS, "votes", Format(detect, read, truth="the last word of the best answer"))
+    rows = [{"ask": f"{i}+1?", "answers": ["no", f"It is {i + 1}"], "votes": [i, i + 1]} for i in range(3)]
+    status, made, out, _ = said(tmp_path, capsys, rows, "--format", "votes")
+    assert (
+        status == 0 and "format votes: question `ask`, demonstrations `answers`, expected answer the last word" in out
+    )
+    assert [row["target"] for row in made] == [[say(f"It is {i + 1}")] for i in range(3)]
+    assert [row["reward_model"]["ground_truth"] for row in made] == ["1", "2", "3"] and made[2]["votes"] == [2, 3]
+    assert main(["check", str(tmp_path / "in.jsonl")]) == 0
+    assert "3 demonstrations, 3 usable" in capsys.readouterr().out
+    rows[1]["votes"].append(0)
+    status, _, _, err = said(tmp_path, capsys, rows)
+    assert status == 2 and "in.jsonl: row 2: field `votes`: must be one number for each answer" in err
+    assert main(["check", str(tmp_path / "in.jsonl")]) == 1
+    assert "row 2: field `votes`: must be one number" in capsys.readouterr().out
 
 
 MEASURED = """

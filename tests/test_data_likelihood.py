@@ -5,7 +5,7 @@ import pytest
 from test_data_check import checked, random_model, rows, say, verl_row, write
 
 from verl_hpt.data.commands import main
-from verl_hpt.demos.encode import EncodedDemo
+from verl_hpt.demos.demonstration import Demonstration
 
 
 def test_likelihood_writes_a_number_for_each_demonstration_and_check_reads_it(tmp_path, tokenizers):
@@ -37,7 +37,7 @@ def test_mean_log_likelihood_is_the_models(tmp_path, tokenizers):
     from verl_hpt.data.likelihood import Likelihood
 
     model = random_model(tmp_path / "model")
-    demo = EncodedDemo([5, 6, 7], [1, 0, 1])
+    demo = Demonstration("x", ids=[5, 6, 7], mask=[1, 0, 1])
     with torch.no_grad():
         logs = torch.log_softmax(model(torch.tensor([[1, 2, 5, 6, 7]])).logits[0], -1)
     expected = float((logs[1, 5] + logs[3, 7]) / 2)

@@ -296,7 +296,7 @@ def test_two_stages_hand_the_model_on_and_a_restart_skips_the_first(bench, monke
 def test_missing_training_data_is_converted_by_a_command_that_exists(bench):
     import argparse
 
-    from verl_hpt.data.convert import add_convert
+    from verl_hpt.data.commands import add_convert
 
     bench.run("qwen2.5_math_7b")
     ((*command, source, out, option),) = bench.calls("verl-hpt")

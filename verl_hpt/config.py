@@ -101,7 +101,17 @@ class Rollouts:
     )
 
 
+def _with_columns(cls: type) -> type:
+    """The same class with a key for each of the columns beside demonstrations."""
+    for name, column in COLUMNS.items():
+        if name not in cls.__annotations__:
+            cls.__annotations__[name] = str | None
+            setattr(cls, name, setting(None, f"column: {column.meaning}"))
+    return cls
+
+
 @checked
+@_with_columns
 class Demo:
     """Where demonstrations come from, and which of them are used.
 
@@ -122,17 +132,6 @@ class Demo:
         "column",
         "whose likelihood: a column's, or by a forward pass the policy's of the step or the reference model's",
     )
-    log_likelihood: str | None = setting(
-        None, "that column: mean log-prob a token; `verl-hpt data likelihood IN OUT --model M` writes it"
-    )
-    other_log_prob: str | None = setting(None, "column: the same under other models, for poft")
-    token_weights: str | None = setting(
-        None, "column: a weight for each token, EOS included; they are relative (mean 1 over what learns)"
-    )
-    teacher_log_prob: str | None = setting(
-        None, "column: log π of its author for each token, EOS included; the reference `teacher` divides by it"
-    )
-    source: str | None = setting(None, "column: who wrote it, counted in hpt/demo_source/<name>")
 
     def __post_init__(self):
         if self.select == "likelihood" and self.likelihood_of == "column" and self.log_likelihood is None:

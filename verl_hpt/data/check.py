@@ -16,291 +16,275 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from verl_hpt.data.grade import load_reward
-from verl_hpt.data.options import check_options, json_option
-from verl_hpt.data.questions import Questions, form_problem
+from verl_hpt.data import report
+from verl_hpt.data.convert import Options, to_verl
+from verl_hpt.data.formats import JSON_FIELDS, Layout, Row, detect, opened
+from verl_hpt.data.grade import Grade, load_reward
+from verl_hpt.data.questions import Questions, check_form
 from verl_hpt.data.read import BadRow, count_rows, file_kind, read_rows
-from verl_hpt.data.render import Renderer, difference
-from verl_hpt.data.result import Finding, Result
-from verl_hpt.data.rows import CHAT_KEYS, DEMO_KEYS, PROMPT_KEYS, Layout, Options, detect, opened, to_verl
-from verl_hpt.demos import encode as D
+from verl_hpt.data.render import Renderer, difference, renderer
+from verl_hpt.data.report import Result
+from verl_hpt.demos.demonstration import COLUMNS, Demonstration, Unusable, message_text, plain
 from verl_hpt.demos.read import read
+from verl_hpt.errors import UserError
 
 _BATCH = 256  # rows graded and tokenised together
-_AS_TEXT = {*CHAT_KEYS, *PROMPT_KEYS, *DEMO_KEYS, "reward_model"}  # fields that convert reads where they hold JSON text
-_EXAMPLES = 5  # shown of each finding; the JSON has up to a hundred
+_BEARABLE = ("unusable: too_long", "rejected", "contradiction", "prompt length")  # up to --tolerance
 
 
-def run_check(args: argparse.Namespace) -> int:
+@dataclass(frozen=True)
+class Check:
+    """What every step of the check reads, and the result that it adds to."""
+
+    args: argparse.Namespace
+    result: Result
+    columns: dict[str, str]
+    render: Renderer | None
+    grade: Grade | None
+    prompt_key: str
+    demo_key: str
+
+    def place(self, demo: Demonstration) -> str:
+        return f"{self.demo_key}[{demo.index}]" if demo.index else self.demo_key
+
+
+def run(args: argparse.Namespace) -> int:
     """Check the file and report; 0 where nothing would hurt training, else 1. Raises `BadRow` or `UserError`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # without it, a warning at every grader process
-    check_options(args)
+    check_outputs(args)
     with contextlib.redirect_stdout(sys.stderr if args.json == "-" else sys.stdout):  # a grader may print
         result = check(args)
-    from verl_hpt.data.report import as_json, draw, text
-
     if args.report:
-        draw(result, args.report, args.max_response_length)
-    if args.json:
-        content = json.dumps(as_json(result), indent=1, ensure_ascii=False, allow_nan=False)
-        if args.json == "-":
-            print(content)
-        else:
-            Path(args.json).write_text(content + "\n", encoding="utf-8")
-    if args.json != "-":
-        print(text(result, args.max_response_length, _EXAMPLES))
-        if args.report:
-            print(f"picture: {args.report}")
-    return 1 if any(f.harmful for f in result.findings.values()) else 0
+        report.draw(result, args.report, args.max_response_length)
+    text = report.text(result, args.max_response_length) + (f"\npicture: {args.report}" if args.report else "")
+    content = json.dumps(report.as_json(result), indent=1, ensure_ascii=False, allow_nan=False)
+    if args.json and args.json != "-":
+        Path(args.json).write_text(content + "\n", encoding="utf-8")
+    print(content if args.json == "-" else text)
+    return 1 if result.harmful() else 0
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raise `UserError` for outputs that cannot be written or would overwrite an input, before any work."""
+    inputs = {os.path.realpath(path) for path in (args.file, *args.val)}
+    for option, path in (("--json", args.json), ("--report", args.report)):
+        if path in (None, "-"):
+            continue
+        if os.path.isdir(path):
+            raise UserError(f"{option} {path}: is a folder; name a file")
+        if os.path.realpath(path) in inputs:
+            raise UserError(f"{option} {path} would overwrite the data: name another file")
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{option} {path}: cannot be written: {error}") from None
+    if args.report and Path(args.report).suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--report {args.report}: call it something.png, .pdf or .svg")
 
 
 def check(args: argparse.Namespace) -> Result:
     """The result of all checks that the arguments allow."""
-    result = Result(args.file)
-    render, kwargs = None, json_option("--template-kwargs", args.template_kwargs)
-    if args.tokenizer or args.model:
-        render = Renderer(
-            args.tokenizer or args.model,
-            option="--tokenizer" if args.tokenizer else "--model",
-            eos=args.eos,
-            max_length=args.max_response_length,
-            kwargs=kwargs,
-        )
-        if render.eos_problem is not None:
-            message = "demonstrations would end with a token at which rollouts do not stop"
-            result.found("eos", message, 0, "eos", f"{render.eos_problem} (--eos)")
-    elif args.token_weights_key or args.teacher_log_prob_key:
-        result.notes.append("columns with a value a token are compared with its tokens only with --tokenizer")
-    if args.reward not in (None, "shipped"):
-        result.grader = args.reward
-    grade = load_reward(args.reward, json_option("--reward-kwargs", args.reward_kwargs))
-    columns = DemoColumns(
-        reward=args.demo_reward_key,
-        log_likelihood=args.log_likelihood_key,
-        other_log_prob=args.other_log_prob_key,
-        teacher_log_prob=args.teacher_log_prob_key,
-        token_weights=args.token_weights_key,
-        source=args.demo_source_key,
-    )
+    result, render = Result(args.file), renderer(args) if args.tokenizer or args.model else None
     if render is not None:
         result.unit = "tokens"
-    elif args.max_response_length is not None or args.max_prompt_length is not None:
+        if render.eos_problem is not None:
+            result.found("eos", 0, "eos", f"{render.eos_problem} (--eos)")
+    elif args.column_token_weights or args.column_teacher_log_prob:
+        result.notes.append("columns with a value a token are compared with its tokens only with --tokenizer")
+    if render is None and (args.max_response_length is not None or args.max_prompt_length is not None):
         result.notes.append("lengths are in characters: --tokenizer is needed to compare them with a limit in tokens")
-    questions = Questions()
-    likely: list[tuple[list[int], D.EncodedDemo]] = []
-    rows = _verl_rows(args, result, columns)
+    if args.reward not in (None, "shipped"):
+        result.grader = args.reward
+    columns = {name: column for name in COLUMNS if (column := getattr(args, f"column_{name}")) is not None}
+    grade = load_reward(args.reward, args.reward_kwargs)
+    checks = Check(args, result, columns, render, grade, args.prompt_key or "prompt", args.demo_key or "target")
+    questions, rows = Questions(), _verl_rows(checks)
+    likely: list[tuple[list[int], Demonstration]] = []
     with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as threads:
         while batch := list(itertools.islice(rows, _BATCH)):
-            _check_batch(args, result, batch, columns, render, grade, threads, likely)
+            likely += _check_batch(checks, batch, threads)
+            del likely[args.model_rows :]
             questions.check(result, batch)
     for path in args.val:
-        questions.check_leak(result, path, args.prompt_key or "prompt")
+        questions.check_leak(result, path, checks.prompt_key)
     if args.model:
-        from verl_hpt.data.likelihood import Likelihood
-
-        ask, beyond = Likelihood(args.model), 0
-        for prompt, demo in likely:
-            try:
-                result.log_likelihoods.append(ask(prompt, demo))
-            except D.Unusable:
-                beyond += 1
-        if beyond:
-            result.notes.append(
-                f"{beyond} demonstrations are longer than the {ask.positions} tokens that --model reads"
-            )
+        _ask_model(args.model, likely, result)
     result.questions = len(questions.known)
-    _judge(result, args)
+    _judge(result, args.tolerance, checks.demo_key)
     return result
 
 
-def _verl_rows(args: argparse.Namespace, result: Result, columns: DemoColumns) -> Iterator[tuple[int, dict]]:
+def _ask_model(path: str, demos: list[tuple[list[int], Demonstration]], result: Result) -> None:
+    from verl_hpt.data.likelihood import Likelihood
+
+    likelihood, too_long = Likelihood(path), 0
+    for prompt, demo in demos:
+        try:
+            result.log_likelihoods.append(likelihood(prompt, demo))
+        except Unusable:
+            too_long += 1
+    if too_long:
+        limit = likelihood.positions
+        result.notes.append(f"{too_long} demonstrations are longer than the {limit} tokens that --model reads")
+
+
+def _verl_rows(checks: Check) -> Iterator[tuple[int, dict]]:
     """The file's rows in verl's form; those that cannot be brought to it are counted and left out."""
     from tqdm import tqdm
 
-    layout: Layout | None = None
-    prompt_key, demo_key = args.prompt_key or "prompt", args.demo_key or "target"
+    args, result, layout = checks.args, checks.result, None
+    columns = checks.columns.values()
     rows = tqdm(read_rows(args.file), total=count_rows(args.file), unit=" rows", desc="check", disable=None)
-    direct = False
-    extra = list(columns.named().values())
-    for number, row in itertools.islice(rows, args.limit):
+    for number, values in itertools.islice(rows, args.limit):
+        row = Row(args.file, number, values)
         if result.rows == 0:
-            missing = [c for c in extra if c not in row]
-            if missing:
-                there = ", ".join(f"`{k}`" for k in row)
-                raise BadRow(args.file, number, missing[0], f"no such column; the file has {there}")
-            asked = D.plain(row.get(prompt_key))  # a null is the row's own trouble
-            direct = isinstance(asked, list | None) and ("reward_model" in row or "data_source" in row)
-            direct = direct and prompt_key in row
-            if not direct:
-                layout = detect(args.file, row, args.prompt_key, args.demo_key, args.answer_key)
-                note = f"not in verl's form yet (read as `{layout.format}`): `verl-hpt data convert` first"
-                if file_kind(args.file) == "parquet":
-                    result.found("form", note, number, layout.prompt or "prompt")
-                else:
-                    result.notes.append(note)
-            elif demo_key not in row:
-                there = ", ".join(f"`{k}`" for k in row)
-                detail = f"the file has {there}"
-                result.found(
-                    "no column", "the demonstrations' column is not there (hpt.demo.key)", number, demo_key, detail
-                )
+            layout = _layout(checks, row)
         result.rows += 1
         try:
-            if layout is not None:
-                new = to_verl(args.file, number, opened(row, _AS_TEXT)[0], layout, Options())
-                new.update({name: row[name] for name in extra if name in row})
-                yield number, new
+            if layout is None:
+                check_form(row, checks.prompt_key)
+                yield (
+                    number,
+                    {**values, "prompt": plain(values[checks.prompt_key]), "target": values.get(checks.demo_key)},
+                )
             else:
-                problem = form_problem(row, prompt_key)
-                if problem is not None:
-                    raise BadRow(args.file, number, *problem)
-                yield number, {**row, "prompt": D.plain(row[prompt_key]), "target": row.get(demo_key)}
+                made = to_verl(row._replace(values=opened(values, JSON_FIELDS)[0]), layout, Options())
+                yield number, {**made, **{name: values[name] for name in columns if name in values}}
         except BadRow as bad:
-            result.found("schema", "rows that verl cannot train on", number, bad.field, bad.problem)
+            result.found("schema", number, bad.field, bad.problem)
 
 
-@dataclass
-class _Item:
-    """One demonstration on its way through a batch, with its row and the tokens of its prompt."""
+def _layout(checks: Check, row: Row) -> Layout | None:
+    """How the file's rows are to be read, by its first; None where they are in verl's form."""
+    args, result, values = checks.args, checks.result, row.values
+    for column in checks.columns.values():
+        if column not in values:
+            raise row.bad(column, f"no such column; the file has {row.names()}")
+    is_chat = checks.prompt_key in values and isinstance(plain(values[checks.prompt_key]), list | None)
+    if is_chat and ("reward_model" in values or "data_source" in values):  # a null is the row's own trouble
+        if checks.demo_key not in values:
+            result.found("no column", row.number, checks.demo_key, f"the file has {row.names()}")
+        return None
+    layout = detect(row, args.prompt_key, args.demo_key, args.answer_key)
+    if file_kind(args.file) == "parquet":
+        result.found("form", row.number, layout.prompt, f"read as `{layout.format}`")
+    else:
+        result.notes.append(f"not in verl's form yet (read as `{layout.format}`): `verl-hpt data convert` first")
+    return layout
 
-    row: int
-    values: dict
-    demo: D.Demo
-    prompt: list[int] | None
 
-
-def _check_batch(args, result, batch, columns, render, grade, threads, likely) -> None:
-    """Every demonstration of some rows: usable or why not, its length, its reward."""
-    demo_key, encoding, prompts = args.demo_key or "target", (None, None), {}
+def _check_batch(checks: Check, batch: list[tuple[int, dict]], threads) -> list[tuple[list[int], Demonstration]]:
+    """Every demonstration of some rows: usable or why not, its length, its reward. The usable ones with prompts."""
+    result, render, prompts = checks.result, checks.render, {}
     if render is not None:
-        encoding, prompts = render.encoding, _prompts(args, result, batch, render)
+        prompts = _prompts(checks, batch)
         batch = [(number, row) for number, row in batch if number in prompts]
     rows = [(row, prompts.get(number), row["prompt"]) for number, row in batch]
-    items = []
-    for (number, row), found in zip(batch, read(rows, "target", columns, *encoding), strict=True):
-        if all(demo.content is None for demo in found):
+    usable = []
+    encoding = render.encoding if render else (None, None)
+    for (number, row), demos in zip(batch, read(rows, "target", checks.columns, *encoding), strict=True):
+        if all(demo.content is None for demo in demos):
             result.without += 1
             continue
-        for demo in found:
+        for demo in demos:
             if demo.content is None:
-                message = "nulls among a row's demonstrations (the others would be used)"
-                result.found("null among", message, number, f"{demo_key}[{demo.index}]")
-            else:
-                items.append(_Item(number, row, demo, prompts.get(number)))
-    result.demonstrations += len(items)
-    usable = [item for item in items if _told(result, item, demo_key)]
+                result.found("null among", number, f"{checks.demo_key}[{demo.index}]")
+                continue
+            result.demonstrations += 1
+            if _is_usable(checks, number, demo):
+                usable.append((number, row, demo))
     result.usable += len(usable)
+    if checks.grade is not None:
+        _grade(checks, usable, threads)
     if render is None:
-        result.lengths += [len(_said(item.demo)) for item in usable]
-    else:
-        _round_trips(result, usable, render, demo_key)
-    if grade is not None:
-        _grade(args, result, usable, grade, threads)
-    for item in usable:
-        if render is not None and len(result.rendered) < args.show:
-            result.rendered.append(render.beside(item.row, item.prompt, item.demo.encoded))
-        if args.model and len(likely) < args.model_rows:
-            likely.append((item.prompt, item.demo.encoded))
+        result.lengths += [len(_answer(demo)) for *_, demo in usable]
+        return []
+    texts = render.texts([demo.ids for *_, demo in usable])
+    for (number, _, demo), back in zip(usable, texts, strict=True):
+        if demo.text is not None and back != demo.text and not render.special(demo.text):
+            result.found("round trip", number, checks.place(demo), difference(demo.text, back))
+        if len(result.rendered) < checks.args.show:
+            result.rendered.append(render.beside(number, prompts[number], demo))
+    return [(prompts[number], demo) for number, _, demo in usable]
 
 
-def _told(result: Result, item: _Item, key: str) -> bool:
-    """Whether the demonstration can be trained on; what there is to say of it is said."""
-    demo = item.demo
+def _is_usable(checks: Check, number: int, demo: Demonstration) -> bool:
+    """Whether the demonstration can be trained on; what is wrong or odd about it goes into the result."""
+    result, place = checks.result, checks.place(demo)
     if demo.length is not None:
         result.lengths.append(demo.length)
-    if demo.text is not None and opened({key: demo.text}, {key})[1]:
-        message = "chat messages written as JSON text: they would be trained on literally"
-        result.found("json text", message, item.row, _place(key, item), "`verl-hpt data convert` reads them")
-    if demo.encoded is not None and "think_unclosed" in demo.encoded.warnings:
-        message = "the prompt opens <think> and the demonstration never closes it"
-        result.found("think", message, item.row, _place(key, item), harmful=False)
-    if demo.bad is None:
-        return True
-    result.reasons[demo.bad.reason] += 1
-    message = f"demonstrations: {D.REASONS[demo.bad.reason]}"
-    result.found(f"unusable: {demo.bad.reason}", message, item.row, _place(key, item), demo.bad.detail)
-    return False
+    if demo.text is not None and opened({checks.demo_key: demo.text}, {checks.demo_key})[1]:
+        result.found("json text", number, place, "`verl-hpt data convert` reads them")
+    if demo.unclosed_think:
+        result.found("think", number, place)
+    if demo.bad is not None:
+        result.reasons[demo.bad.reason] += 1
+        result.found(f"unusable: {demo.bad.reason}", number, place, demo.bad.detail)
+    return demo.bad is None
 
 
-def _place(key: str, item: _Item) -> str:
-    return key if item.demo.index == 0 else f"{key}[{item.demo.index}]"
-
-
-def _round_trips(result: Result, items: list[_Item], render: Renderer, key: str) -> None:
-    for item, back in zip(items, render.texts([i.demo.encoded.ids for i in items]), strict=True):
-        text = item.demo.text
-        if text is not None and back != text and not render.special(text):
-            message = "the tokenizer does not give the text back: it will be trained on as something else"
-            result.found("round trip", message, item.row, _place(key, item), difference(text, back), harmful=False)
-
-
-def _prompts(args, result, batch, render) -> dict[int, list[int]]:
+def _prompts(checks: Check, batch: list[tuple[int, dict]]) -> dict[int, list[int]]:
     """The prompts' tokens by row, without those that the template refuses."""
-    texts = {}
+    result, limit, texts = checks.result, checks.args.max_prompt_length, {}
     for number, row in batch:
         try:
-            texts[number] = render.prompt(row["prompt"])
-        except D.Unusable as bad:
-            result.found("prompt", "prompts that the chat template refuses", number, "prompt", bad.detail)
-    prompts = dict(zip(texts, render.tokens([*texts.values()]), strict=True))
-    if args.max_prompt_length is not None:
+            texts[number] = checks.render.prompt(row["prompt"])
+        except Unusable as bad:
+            result.found("prompt", number, "prompt", bad.detail)
+    prompts = dict(zip(texts, checks.render.tokens([*texts.values()]), strict=True))
+    if limit is not None:
+        result.prompt_lengths += map(len, prompts.values())
         for number, ids in prompts.items():
-            result.prompt_lengths.append(len(ids))
-            if len(ids) > args.max_prompt_length:
-                message, detail = "prompts too long: verl drops them", f"{len(ids)} tokens"
-                result.found("prompt length", message, number, "prompt", detail, harmful=False)
+            if len(ids) > limit:
+                result.found("prompt length", number, "prompt", f"{len(ids)} tokens")
     return prompts
 
 
-def _said(demo: D.Demo) -> str:
+def _answer(demo: Demonstration) -> str:
     """What the assistant says, as the reward function reads it."""
     if demo.text is not None:
         return demo.text
-    return "\n".join(D.message_text(m) for m in D.plain(demo.content) if m.get("role", "assistant") == "assistant")
+    return "\n".join(message_text(m) for m in plain(demo.content) if m.get("role", "assistant") == "assistant")
 
 
-def _grade(args, result, items, grade, threads) -> None:
+def _grade(checks: Check, demos: list[tuple[int, dict, Demonstration]], threads) -> None:
     """Rewards of a batch, in threads, as verl has it; the symbolic grader works in processes of its own."""
+    result, success = checks.result, checks.args.success
 
-    def one(item: _Item) -> tuple[float | None, str, bool]:
-        row = item.values
-        info = {**(D.plain(row.get("extra_info")) or {}), "num_turns": 2, "rollout_reward_scores": {}}
-        truth = row["reward_model"]["ground_truth"]
-        return grade(row["data_source"], _said(item.demo), truth, info)
+    def one(item: tuple[int, dict, Demonstration]) -> tuple[float | None, str, bool]:
+        _, row, demo = item
+        info = {**(plain(row.get("extra_info")) or {}), "num_turns": 2, "rollout_reward_scores": {}}
+        return checks.grade(row["data_source"], _answer(demo), row["reward_model"]["ground_truth"], info)
 
-    for item, (score, problem, failed) in zip(items, threads.map(one, items), strict=True):
-        source = item.values["data_source"]
-        name = _place(args.demo_key or "target", item)
-        graded = result.rewards.setdefault(source, [0, 0.0, 0])
+    for (number, row, demo), (score, problem, failed) in zip(demos, threads.map(one, demos), strict=True):
+        graded = result.rewards.setdefault(row["data_source"], [0, 0.0, 0])
         if score is None:
-            result.found("reward", "the reward function fails, or gives no finite number", item.row, name, problem)
+            result.found("reward", number, checks.place(demo), problem)
             continue
         if failed:
-            result.found("grading", "the grader hit its limit, or broke", item.row, name, harmful=False)
+            result.found("grading", number, checks.place(demo))
         graded[0] += 1
         graded[1] += score
-        if score < args.success:
+        if score < success:
             graded[2] += 1
-            truth = item.values["reward_model"]["ground_truth"]
-            detail = f"reward {score:g}; expected {str(truth)[:60]!r}, the text ends {_said(item.demo)[-60:]!r}"
-            result.found(
-                "rejected", "demonstrations that the reward function does not count as solved", item.row, name, detail
-            )
+            truth = str(row["reward_model"]["ground_truth"])[:60]
+            detail = f"reward {score:g}; expected {truth!r}, the text ends {_answer(demo)[-60:]!r}"
+            result.found("rejected", number, checks.place(demo), detail)
 
 
-def _judge(result: Result, args: argparse.Namespace) -> None:
+def _judge(result: Result, tolerance: float, demo_key: str) -> None:
     """What is bearable in small numbers, and what no demonstration at all means."""
-    for check in ("unusable: too_long", "rejected", "contradiction", "prompt length"):
-        finding = result.findings.get(check)
-        whole = result.rows if check in ("contradiction", "prompt length") else result.demonstrations
-        if finding is not None:
-            finding.harmful = finding.count > args.tolerance * max(whole, 1)
+    for name in _BEARABLE:
+        whole = result.rows if name in ("contradiction", "prompt length") else result.demonstrations
+        if finding := result.findings.get(name):
+            finding.harmful = finding.count > tolerance * max(whole, 1)
     if result.without:
-        message = "questions without a demonstration keep their rollouts"
-        finding = result.findings.setdefault("without", Finding("without", message, False))
+        result.found("without", 0, demo_key)
+        finding = result.findings["without"]
         finding.count = result.without
         if result.without == result.rows:
             finding.harmful, finding.message = True, "no question has a demonstration"
-            finding.examples = [{"file": result.file, "row": 0, "field": args.demo_key or "target", "detail": ""}]
-    if result.rows and not result.usable and not any(f.harmful for f in result.findings.values()):
-        result.found("nothing usable", "no demonstration can be trained on", 0, args.demo_key or "target")
+        else:
+            finding.examples.clear()
+    if result.rows and not result.usable and not result.harmful():
+        result.found("nothing usable", 0, demo_key)

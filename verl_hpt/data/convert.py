@@ -1,99 +1,148 @@
-"""`verl-hpt data convert` and `eval-set`: datasets of many forms to the parquet that verl reads, in a stream.
+"""`verl-hpt data convert`: datasets of many forms to the parquet that verl reads, every field carried over.
 
-Memory is that of one row group (16 MiB of text), whatever the input's size. Output goes to `OUT.part` first, so that
-what stands under the name asked for is whole.
+verl's row: `data_source`, `prompt` (chat messages), `ability`, `reward_model` {style, ground_truth}, `extra_info`
+{index, split}; ours: `target`, the demonstrations. The input is read twice: for the columns' types, then to write.
+Memory is that of one row group (16 MiB of text). Output goes to `OUT.part` first: what has the name OUT is whole.
 """
 
 import argparse
+import contextlib
 import itertools
+import json
 import os
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from verl_hpt.data.keep import OURS, STANDARD, parse_keep
+from verl_hpt.data.formats import FORMATS, JSON_FIELDS, Layout, Row, detect, encodable, opened, read
+from verl_hpt.data.questions import question_text
 from verl_hpt.data.read import BadRow, count_rows, read_rows
-from verl_hpt.data.rows import (
-    CHAT_KEYS,
-    DEMO_KEYS,
-    FORMATS,
-    PROMPT_KEYS,
-    Layout,
-    Options,
-    detect,
-    in_validation,
-    not_carried,
-    opened,
-    to_verl,
-    used_fields,
-)
-from verl_hpt.data.write import Writer, schema_of
-from verl_hpt.demos.encode import plain
+from verl_hpt.data.write import Writer, groups, schema_of
+from verl_hpt.demos.demonstration import plain
+from verl_hpt.demos.select import stable_hash
 from verl_hpt.errors import UserError
 
-_PEEK = 500  # rows looked at before the columns' types are settled
 _NAMES = 1000  # names of fields, and kinds of bad rows, that are told apart
-_OWN = object()  # key, in a converted row, of the extra_info that it had: no column can be called so
-_REMEDIES = {  # for fields that --keep does not take, None where nothing does
-    "prompt": "--prompt-key prompt",
-    "target": "--demo-key target",
-    "ability": "--ability",
-    "data_source": "--data-source",
-    "reward_model.ground_truth": "--answer-key reward_model.ground_truth",
-    "extra_info.index": "--keep extra_info",
-    "extra_info.split": "--keep extra_info",
-    **dict.fromkeys(("extra_info", "extra_info.file", "extra_info.row", "reward_model", "reward_model.style")),
-}
+_MARKS = re.compile(r"<<[^<>\n]*>>")
 
 
-def add_convert(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("inputs", nargs="+", metavar="IN", help="parquet, JSONL, JSON, or owner/name[@config][:split]")
-    parser.add_argument("out", metavar="OUT", help="parquet file to write")
-    parser.add_argument("--format", choices=("auto", *FORMATS), default="auto", help="default: by the first row")
-    parser.add_argument("--prompt-key", help="field of the question")
-    parser.add_argument("--demo-key", help="field of the demonstrations (text, messages, or a list of either)")
-    parser.add_argument("--answer-key", help="field of the expected answer, `a.b` for a nested one")
-    parser.add_argument("--data-source", help="data_source of all rows; it chooses the grader")
-    parser.add_argument("--ability", help="ability of all rows; default: the row's own, else math")
-    parser.add_argument("--system", help="system message to put before every prompt, in place of one that is there")
-    parser.add_argument("--drop-system", action="store_true", help="drop the prompts' system messages")
-    parser.add_argument("--suffix", default="", help="text to put after every question")
-    parser.add_argument("--strip-calculator", action="store_true", help="drop GSM8K's <<48/2=24>> marks")
-    keep = (
-        "carry a further column over: COLUMN or COLUMN:TYPE (double, int64, string, list<double>, …; what is not text "
-    )
-    keep += "becomes JSON text under string); extra_info for its own keys, extra_info.KEY or reward_model.KEY for one"
-    parser.add_argument("--keep", action="append", default=[], metavar="COLUMN", help=keep)
-    parser.add_argument("--several", action="store_true", help="a list of demonstrations in every row")
-    parser.add_argument("--val", metavar="FILE", help="validation parquet: questions drawn by a hash of their text")
-    parser.add_argument("--val-share", type=float, default=0.02, help="share of the questions that go there")
-    parser.add_argument("--seed", type=int, default=0, help="seed of that draw")
-    parser.add_argument("--limit", type=int, help="stop after so many rows")
-    parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out and count them; default: stop")
-    peek = f"rows looked at, and held, before the columns' types are settled (default {_PEEK})"
-    parser.add_argument("--peek", type=int, default=_PEEK, metavar="ROWS", help=peek)
+@dataclass(frozen=True)
+class Options:
+    """What the user asked of the rows; see `verl-hpt data convert --help`."""
+
+    data_source: str | None = None
+    ability: str | None = None
+    system: str | None = None
+    drop_system: bool = False
+    suffix: str = ""
+    strip_calculator: bool = False
+
+
+class Made(NamedTuple):
+    """A row in verl's form, `target` as a list of demonstrations, with the row it was made of."""
+
+    values: dict[str, Any]
+    row: Row
+    layout: Layout
+
+    def bad(self, path: str, problem: str) -> BadRow:
+        """`path` in the row made, as a problem of a field of the file."""
+        root, dot, rest = path.partition(".")
+        root = {"prompt": self.layout.prompt, "target": self.layout.demo or self.layout.prompt}.get(root, root)
+        name, remedy = f"{root}{dot}{rest}", ""
+        if not re.search("surrogate|binary", problem):  # JSON text would not help
+            remedy = f"--as-text {name} writes it as JSON text, "
+        return self.row.bad(name, f"{problem}: {remedy}--drop {name} leaves it out")
+
+
+def to_verl(row: Row, layout: Layout, options: Options) -> dict[str, Any]:
+    """The row in verl's form without its further fields; raises `BadRow`."""
+    question = read(row, layout)
+    prompt, demos = question.prompt, question.demos
+    if options.drop_system or options.system is not None:
+        prompt = [message for message in prompt if message["role"] != "system"]
+    if options.system is not None:
+        prompt = [{"role": "system", "content": options.system}, *prompt]
+    if options.suffix:
+        prompt = [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + options.suffix}]
+    if options.strip_calculator:
+        demos = [_without_marks(demo) for demo in demos]
+    name = row.file.replace("\\", "/").split("/")[-1]
+    source = options.data_source or plain(row.get("data_source"))
+    if source is not None and (isinstance(source, bool) or not isinstance(source, str | int)):
+        raise row.bad("data_source", f"must be text, got {type(source).__name__}")
+    ability, style = row.get("ability"), row.get("reward_model.style")
+    return {
+        "data_source": str(source or FORMATS[layout.format].data_source or re.sub(r"\..*$", "", name)),
+        "prompt": prompt,
+        "ability": options.ability or (ability if isinstance(ability, str) else "math"),
+        "reward_model": {
+            "style": style if style and isinstance(style, str) else "rule",
+            "ground_truth": question.truth,
+        },
+        "extra_info": {"file": name, "row": row.number},
+        "target": [[{"role": "assistant", "content": demo}] if isinstance(demo, str) else demo for demo in demos],
+    }
+
+
+def _without_marks(demo: Any) -> Any:
+    if isinstance(demo, str):
+        return _MARKS.sub("", demo)
+    return [{**message, "content": _MARKS.sub("", message["content"])} for message in demo] if demo else demo
+
+
+def carry(made: dict, row: Row, layout: Layout, options: Options) -> None:
+    """Put all that the row has beside its question into the row made; what has no place there raises `BadRow`."""
+    read_whole = {layout.prompt, layout.demo, layout.truth, layout.context, "data_source"}
+    if options.drop_system or options.system is not None or row.get(layout.system) == made["prompt"][0]["content"]:
+        read_whole.add(layout.system)
+    for name, value in row.values.items():
+        encodable(row, name, name)
+        value = plain(value)
+        if name in read_whole or (name in made and not value):
+            continue
+        if name in ("extra_info", "reward_model") and not isinstance(value, dict):
+            problem = f"must be an object with named fields, got {type(value).__name__}"
+            raise row.bad(name, f"{problem}; --drop {name} leaves it out")
+        if name == "extra_info":
+            made[name] |= value
+        elif name == "reward_model":
+            for key in ("style", "ground_truth"):
+                if value.get(key) and value[key] != made[name][key] and layout.truth != f"{name}.{key}":
+                    raise _taken(row, f"{name}.{key}")
+            made[name] = {**value, **made[name]}
+        elif name == "ability":
+            if not isinstance(value, str) and not options.ability:
+                raise _taken(row, name)
+        elif name in made:
+            unread = [f"{name}.{key}" for key in value] if isinstance(value, dict) else [name]
+            for path in unread:
+                if path not in read_whole:
+                    raise _taken(row, path)
+        else:
+            made[name] = value
+
+
+def _taken(row: Row, path: str) -> BadRow:
+    options = {"prompt": "--prompt-key", "target": "--demo-key", "reward_model.ground_truth": "--answer-key"}
+    remedy = f"{options[path]} {path} reads this one, " if path in options else ""
+    value = repr(row.get(path))[:80]
+    return row.bad(path, f"convert writes that field itself, not {value}: {remedy}--drop {path} leaves it out")
 
 
 @dataclass
-class _File:
-    """What the rows of one input had; names are the keys of dicts, in order."""
-
-    source: str
-    fields: dict[str, None] = field(default_factory=dict)
-    parsed: set[str] = field(default_factory=set)
-    demonstrations: int = 0
-
-
-@dataclass
-class _Told:
-    """What is said at the end: what was left out, and why."""
+class Log:
+    """What was seen of the inputs, and which rows were left out."""
 
     skipping: bool
-    files: list[_File] = field(default_factory=list)
-    lost: dict[str, None] = field(default_factory=dict)
+    layouts: dict[str, Layout] = field(default_factory=dict)  # by file
+    fields: dict[str, dict[str, None]] = field(default_factory=dict)  # by file, in order
+    parsed: set[tuple[str, str]] = field(default_factory=set)  # file and field that held JSON text
+    named: set[str] = field(default_factory=set)  # names of --drop and --as-text that a row had
     bad: Counter = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
 
@@ -107,7 +156,7 @@ class _Told:
         if len(self.examples) < 5:
             self.examples.append(str(bad))
 
-    def skipped(self) -> None:
+    def print_skipped(self) -> None:
         """Print the bad rows by kind, and the first few whole."""
         if self.bad:
             print(f"--skip-bad left out {self.bad.total()} bad rows:")
@@ -118,74 +167,31 @@ class _Told:
             for example in self.examples:
                 print(f"  for example {example}")
 
-    def carried(self, keep: dict) -> None:
-        """Print which fields of the inputs are not in the output, and warn of files without demonstrations."""
-        fields = [name for name in self.lost if "[]." not in name]
-        if fields:
-            remedies = ", ".join(self._remedies(fields, keep))
-            print(f"not carried over: {_listed(fields)}" + (f"; to carry one over: {remedies}" if remedies else ""))
-        fields = [name for name in self.lost if "[]." in name]
-        if fields:
-            print(f"not carried over, of messages: {_listed(fields)}")
-        for file in self.files:
-            if file.fields and not file.demonstrations:
-                problem = f"no demonstration was found; its fields are {_listed(list(file.fields))}"
-                print(f"warning: {file.source}: {problem}: --demo-key names theirs", file=sys.stderr)
 
-    def _remedies(self, names: list[str], keep: dict) -> list[str]:
-        """What would carry these fields over."""
-        columns = {name for file in self.files for name in file.fields}
-        found: dict[str | None, None] = {}
-        nested = None
-        for name in names:
-            parent, _, key = name.partition(".")
-            if name in _REMEDIES:
-                found[None if "extra_info" in keep and parent == "extra_info" else _REMEDIES[name]] = None
-            elif not key or name in columns:
-                found = {"--keep NAME": None, **found}
-            elif parent in OURS:
-                nested = nested or f"nested ones as --keep {name}"
-            else:
-                found[f"--keep {parent}"] = None
-        if nested:
-            found[nested] = None
-        return [remedy for remedy in found if remedy]
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 40} more" if len(names) > 40 else ""
-    return ", ".join(f"`{name}`" for name in names[:40]) + more
-
-
-def run_convert(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Convert; 0 when every row was written, or under --skip-bad any. Raises `BadRow` or `UserError`."""
-    if not 0 < args.val_share < 1:
-        raise UserError(f"--val-share must lie between 0 and 1, got {args.val_share:g}")
-    if args.peek < 1:
-        raise UserError(f"--peek must be 1 or more, got {args.peek}")
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit must be 1 or more, got {args.limit}")
     outputs = [name for path in (args.out, args.val) if path for name in (path, f"{path}.part")]
     if len({os.path.realpath(p) for p in (*args.inputs, *outputs)}) != len(args.inputs) + len(outputs):
         raise UserError("inputs, OUT and --val must be different files, and none an output's name with .part after it")
-    if hasattr(sys.stdout, "reconfigure"):  # names of fields may hold what the terminal has no letter for
-        sys.stdout.reconfigure(errors="backslashreplace")
-    keep = parse_keep(args.keep)
-    options = Options(
-        args.data_source, args.system, args.drop_system, args.suffix, args.strip_calculator, args.ability, keep
-    )
-    told = _Told(args.skip_bad)
-    rows = _converted(args, options, told)
-    if args.limit is not None:
-        rows = itertools.islice(rows, args.limit)
-    counts, sources = _write(args, rows, keep, told)
-    told.skipped()
-    if not counts["rows"]:
-        raise UserError("no row was written: all are bad" if told.bad else "no rows to write")
+    log = Log(args.skip_bad)
+    first_pass = groups(_rows(args, log, log.skip), lambda made: made.values)
+    schema = schema_of(([_with_index(made.values) for made in group] for group in first_pass), args.several)
+    for option, names in (("--drop", args.drop), ("--as-text", args.as_text)):
+        for name in names:
+            if name not in log.named:
+                known = _listed([*dict.fromkeys(field for fields in log.fields.values() for field in fields)])
+                raise UserError(f"{option} {name}: no row has such a field; they have {known}")
+    if schema is None:
+        raise _nothing(log)
+    counts, sources, demos = _write(args, _rows(args, log, lambda bad: None), schema, log)
+    log.print_skipped()
     print(f"{args.out}: {counts['train']} rows" + (f"; {args.val}: {counts['val']} rows" if args.val else ""))
-    print(f"{counts['demonstrations']} demonstrations; {counts['without']} questions without one")
+    print(f"{demos.total()} demonstrations; {counts['without']} questions without one")
     print("data_source: " + ", ".join(f"{name} {n}" for name, n in sources.most_common(20)))
-    told.carried(keep)
+    for source, names in log.fields.items():
+        if names and not demos[source]:
+            problem = f"no demonstration was found; its fields are {_listed([*names])}"
+            print(f"warning: {source}: {problem}: --demo-key names theirs", file=sys.stderr)
     if args.val and not counts["val"]:
         print(f"warning: no question fell to validation; raise --val-share ({args.val_share:g})", file=sys.stderr)
     if args.val and not counts["train"]:
@@ -194,158 +200,121 @@ def run_convert(args: argparse.Namespace) -> int:
     return 0
 
 
-def _write(args: argparse.Namespace, rows: Iterator[dict], keep: dict, told: _Told) -> tuple[Counter, Counter]:
-    """Write the rows; without any, no file. Counts of rows and demonstrations, and of rows by data_source."""
-    counts, sources = Counter(), Counter()
-    peeked = list(itertools.islice(rows, args.peek))
-    if not peeked:
-        return counts, sources
-    looked = len(peeked)
-    schema = schema_of(peeked, args.several, keep, told.skip)
-    writers = {"train": Writer(args.out, schema, keep, args.skip_bad, looked)}
-    try:
-        if args.val:
-            writers["val"] = Writer(args.val, schema, keep, args.skip_bad, looked)
-        for seen, row in enumerate(itertools.chain(peeked, rows), start=looked - len(peeked)):
-            own = row.pop(_OWN)
-            here = "val" if args.val and in_validation(row["prompt"], args.val_share, args.seed) else "train"
-            if row["extra_info"]["split"] is None:
-                row["extra_info"]["split"] = here
-            try:
-                writers[here].add(row, seen)
-            except BadRow as bad:
-                told.skip(bad)
-                continue
-            told.lost.update({f"extra_info.{k}": None for k, v in own.items() if row["extra_info"][k] != v})
-            counts["rows"] += 1
-            counts[here] += 1
-            counts["demonstrations"] += sum(d is not None for d in row["target"])
-            counts["without"] += not any(d is not None for d in row["target"])
-            sources[row["data_source"]] += 1
-        for writer in writers.values():
-            writer.close() if counts["rows"] else writer.abandon()
-    except BaseException:
-        for writer in writers.values():
-            writer.abandon()
-        raise
-    return counts, sources
+def _with_index(values: dict) -> dict:
+    """The row as its columns' types see it: `Writer.write` gives it an index and a split where it has none."""
+    return {**values, "extra_info": {"index": 0, "split": "train", **values["extra_info"]}}
 
 
-def _converted(args: argparse.Namespace, options: Options, told: _Told) -> Iterator[dict]:
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 40} more" if len(names) > 40 else ""
+    return ", ".join(f"`{name}`" for name in names[:40]) + more
+
+
+def _write(args: argparse.Namespace, rows: Iterator[Made], schema, log: Log) -> tuple[Counter, Counter, Counter]:
+    """Write the rows; without any, no file. Counts of rows, of rows by data_source, of demonstrations by file."""
+    counts, sources, demos = Counter(), Counter(), Counter()
+    with contextlib.ExitStack() as stack:
+        paths = {"train": args.out, "val": args.val}
+        writers = {split: stack.enter_context(Writer(path, schema)) for split, path in paths.items() if path}
+        for group in groups(rows, lambda made: made.values):
+            parts: dict[str, list[Made]] = {split: [] for split in writers}
+            for made in group:
+                val = args.val and in_validation(made.values["prompt"], args.val_share, args.seed)
+                parts["val" if val else "train"].append(made)
+            for split, part in parts.items():
+                while part and (changed := writers[split].write([made.values for made in part], split)):
+                    for position, path, problem in changed:
+                        log.skip(part[position].bad(path, problem))
+                    positions = {position for position, *_ in changed}
+                    part = [made for i, made in enumerate(part) if i not in positions]
+                counts[split] += len(part)
+                for made in part:
+                    count = sum(demo is not None for demo in made.values["target"])
+                    demos[made.row.file] += count
+                    counts["without"] += not count
+                    sources[made.values["data_source"]] += 1
+        if not sources:
+            raise _nothing(log)
+    return counts, sources, demos
+
+
+def _nothing(log: Log) -> UserError:
+    log.print_skipped()
+    return UserError("no row was written: all are bad" if log.bad else "no rows to write")
+
+
+def _rows(args: argparse.Namespace, log: Log, skip) -> Iterator[Made]:
+    """The inputs' rows, converted, --limit of them; bad ones go to `skip`."""
+    return itertools.islice(_all_rows(args, log, skip), args.limit)
+
+
+def _all_rows(args: argparse.Namespace, log: Log, skip) -> Iterator[Made]:
     from tqdm import tqdm
 
-    known = {*CHAT_KEYS, *PROMPT_KEYS, *DEMO_KEYS, "reward_model"}
-    known |= {key for key in (args.prompt_key, args.demo_key) if key}
+    options = Options(**{f.name: getattr(args, f.name) for f in fields(Options)})
+    known = JSON_FIELDS | {key for key in (args.prompt_key, args.demo_key) if key}
     for source in args.inputs:
-        layout, used, file = None, set(), _File(source)
-        told.files.append(file)
-        rows = read_rows(source, told.skip)
-        for number, row in tqdm(rows, total=count_rows(source), unit=" rows", desc=Path(source).name, disable=None):
-            if len(file.fields) < _NAMES:
-                file.fields.update(dict.fromkeys(row))
-            row, parsed = opened(row, known)
-            for name in sorted({*parsed} - file.parsed):
-                print(f"{source}: `{name}` holds its messages or fields as JSON text: parsed")
-                file.parsed.add(name)
+        names = log.fields.setdefault(source, {})
+        rows = read_rows(source, skip)
+        for number, values in tqdm(rows, total=count_rows(source), unit=" rows", desc=Path(source).name, disable=None):
+            if len(names) < _NAMES:
+                names.update(dict.fromkeys(values))
+            values, parsed = opened(values, known)
+            for name in sorted({(source, name) for name in parsed} - log.parsed):
+                print(f"{source}: `{name[1]}` holds its messages or fields as JSON text: parsed")
+                log.parsed.add(name)
+            row = Row(source, number, values)
             try:
-                if layout is None:
-                    layout = _layout(args, source, number, row)
-                    used = used_fields(layout, options.keep)
-                    print(_described(source, layout))
-                made = to_verl(source, number, row, layout, options, None)
+                _edit(args, row, log.named)
+                if source not in log.layouts:
+                    log.layouts[source] = _layout(args, row)
+                    print(f"{source}: {log.layouts[source]}")
+                layout = log.layouts[source]
+                made = to_verl(row, layout, options)
+                carry(made, row, layout, options)
             except BadRow as bad:
-                told.skip(bad)
+                skip(bad)
                 continue
-            if len(told.lost) < _NAMES:
-                told.lost.update(dict.fromkeys(not_carried(row, made, layout, options, used)))
-            file.demonstrations += sum(d is not None for d in made["target"])
-            yield {**made, _OWN: _own(row)}
+            yield Made(made, row, layout)
 
 
-def _own(row: dict) -> dict:
-    """What a row has under the names in extra_info that are ours; not which file a converted row came from."""
-    info = plain(row.get("extra_info"))
-    if not isinstance(info, dict):
-        return {}
-    names = OURS["extra_info"]
-    if tuple(info)[: len(names)] == names and {*STANDARD} <= row.keys():
-        names = ("index", "split")
-    return {name: info[name] for name in names if name in info}
+def _edit(args: argparse.Namespace, row: Row, named: set[str]) -> None:
+    """Do what --drop and --as-text say."""
+    for name in args.drop:
+        for holder, key in _holders(row.values, name):
+            del holder[key]
+            named.add(name)
+    for name in args.as_text:
+        for holder, key in _holders(row.values, name):
+            named.add(name)
+            if holder[key] is not None and not isinstance(holder[key], str):
+                try:
+                    holder[key] = json.dumps(plain(holder[key]), ensure_ascii=False)
+                except TypeError as error:
+                    problem = f"cannot be written as JSON text ({error}): --drop {name} leaves it out"
+                    raise row.bad(name, problem) from None
 
 
-def _layout(args: argparse.Namespace, source: str, number: int, row: dict) -> Layout:
-    try:
-        layout = detect(source, row, args.prompt_key, args.demo_key, args.answer_key)
-    except BadRow as bad:
-        raise BadRow(source, number, bad.field, bad.problem) from None
+def _holders(value: Any, path: str) -> list[tuple[dict, str]]:
+    """The objects, those in lists too, that have the field `a.b`, each with the name of it there."""
+    if isinstance(value, list):
+        return [found for item in value for found in _holders(item, path)]
+    if not isinstance(value, dict) or path in value:
+        return [(value, path)] if isinstance(value, dict) else []
+    name, _, rest = path.partition(".")
+    return _holders(value.get(name), rest) if rest else []
+
+
+def _layout(args: argparse.Namespace, row: Row) -> Layout:
+    layout = detect(row, args.prompt_key, args.demo_key, args.answer_key)
     if args.format not in ("auto", layout.format):
-        fields = ", ".join(f"`{k}`" for k in row)
         raise UserError(
-            f"{source}: --format {args.format}, but its fields ({fields}) are those of `{layout.format}`; "
+            f"{row.file}: --format {args.format}, but its fields ({row.names()}) are those of `{layout.format}`; "
             "leave --format out, or name the fields: --prompt-key, --demo-key, --answer-key"
         )
     return layout
 
 
-def _described(source: str, layout: Layout) -> str:
-    demo = f"`{layout.demo}`" if layout.demo else "none"
-    if layout.format == "messages" and not layout.demo:
-        demo = "the messages after the last question"
-    answer = f"`{layout.truth}`" if layout.truth else "from the demonstration (#### or the last box)"
-    if layout.format == "gsm8k":
-        answer = f"what follows #### in `{layout.truth}`"
-    elif layout.truth is None and layout.demo is None and layout.format != "messages":
-        answer = "none"
-    question = f"`{layout.prompt}`" + (f" and, where it is not empty, `{layout.context}`" if layout.context else "")
-    return f"{source}: format {layout.format}: question {question}, demonstrations {demo}, expected answer {answer}"
-
-
-def add_eval_set(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out", metavar="OUT_DIR", help="folder for one parquet a file")
-    parser.add_argument(
-        "inputs", nargs="+", metavar="FILE", help="JSON with `prompt` and `answer`, as in the paper's seven"
-    )
-    parser.add_argument("--system", help="system message to put before every question")
-    parser.add_argument("--suffix", help="text after every question (default: asks for \\boxed{}; '' for none)")
-    parser.add_argument("--repeat", type=int, default=1, help="write every question so many times, for avg@k")
-
-
-_BOXED = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
-_LETTER = "\n\nPlease reason step by step, and put the letter of your choice within \\boxed{}."
-
-
-def run_eval_set(args: argparse.Namespace) -> int:
-    """One validation parquet for each file, its data_source the file's name. Raises `BadRow` or `UserError`."""
-    if args.repeat < 1:
-        raise UserError(f"--repeat must be 1 or more, got {args.repeat}")
-    written = []
-    for source in args.inputs:
-        name = Path(source).name.split(".")[0]
-        default = _LETTER if "gpqa" in name.lower() else _BOXED
-        suffix = default if args.suffix is None else args.suffix
-        options = Options(data_source=name, system=args.system, suffix=suffix)
-        layout, rows = None, []
-        for number, row in read_rows(source):
-            row = {k: v for k, v in row.items() if k != "data_source"}
-            if layout is None:
-                layout = detect(source, row)
-                if layout.truth is None:
-                    raise BadRow(source, number, "answer", "no expected answer found")
-            rows += [to_verl(source, number, row, layout, options, "test") for _ in range(args.repeat)]
-        for row in rows:
-            row["target"] = []
-        out = str(Path(args.out) / f"{name}.parquet")
-        if out in written:
-            raise UserError(f"two inputs are called {name}; give them different names")
-        writer = Writer(out, schema_of(rows, False))
-        try:
-            for seen, row in enumerate(rows):
-                writer.add(row, seen)
-            writer.close()
-        except BaseException:
-            writer.abandon()
-            raise
-        written.append(out)
-        print(f"{out}: {len(rows)} rows, data_source {name}")
-    print("data.val_files=[" + ",".join(written) + "]")
-    return 0
+def in_validation(prompt: Any, share: float, seed: int) -> bool:
+    """Whether a question goes to validation: by its text alone, so that its duplicates go with it."""
+    return stable_hash("validation", seed, question_text(prompt)) < share * 2**64

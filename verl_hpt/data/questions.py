@@ -3,52 +3,53 @@
 import itertools
 from typing import Any
 
+from verl_hpt.data.formats import Layout, Row, detect, encodable, opened
 from verl_hpt.data.read import BadRow, read_rows
-from verl_hpt.data.result import Result
-from verl_hpt.data.rows import Layout, detect, opened, question_text
-from verl_hpt.demos import encode as D
+from verl_hpt.data.report import Result
+from verl_hpt.demos.demonstration import plain
+from verl_hpt.demos.select import stable_hash
 
 
-def form_problem(row: dict, prompt_key: str) -> tuple[str, str] | None:
-    """(field, problem) of a row that is not what verl's dataset and reward loop read."""
-    prompt = D.plain(row.get(prompt_key))
+def question_text(prompt: Any) -> str:
+    """What is asked, in one line: the users' messages, letter case and spacing apart; the same in every format."""
+    prompt = plain(prompt)
+    if isinstance(prompt, list):
+        texts = [m.get("content") for m in prompt if isinstance(m, dict) and m.get("role") != "system"]
+        prompt = "\n".join(map(str, texts))
+    return " ".join(str(prompt).casefold().split())
+
+
+def check_form(row: Row, prompt_key: str) -> None:
+    """Raise `BadRow` for a row that is not what verl's dataset and reward loop read."""
+    prompt, values = plain(row.values.get(prompt_key)), row.values
     if not isinstance(prompt, list) or not prompt:
-        got = "nothing" if not prompt else type(prompt).__name__
-        return prompt_key, f"must be a list of chat messages, got {got}"
+        raise row.bad(
+            prompt_key, f"must be a list of chat messages, got {type(prompt).__name__ if prompt else 'nothing'}"
+        )
     for i, message in enumerate(prompt):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            return f"{prompt_key}[{i}].role", "every message needs a role"
-        content = message.get("content")
-        if not isinstance(content, str):
-            return f"{prompt_key}[{i}].content", f"must be text, got {type(content).__name__}"
-        if problem := _not_encodable(content):
-            return f"{prompt_key}[{i}].content", problem
+            raise row.bad(f"{prompt_key}[{i}].role", "every message needs a role")
+        if not isinstance(message.get("content"), str):
+            kind = type(message.get("content")).__name__
+            raise row.bad(f"{prompt_key}[{i}].content", f"must be text, got {kind}")
+        encodable(row, f"{prompt_key}[{i}].content", message["content"])
     if prompt[-1]["role"] == "assistant":
-        return prompt_key, "ends with the assistant's message, before which the rollout should start"
-    if not any(m["content"].strip() for m in prompt if m["role"] != "system"):
-        return prompt_key, "asks nothing: no text but the system's"
-    if not isinstance(row.get("data_source"), str) or not row["data_source"]:
-        return "data_source", f"must be text, got {type(row.get('data_source')).__name__}"
-    reward_model = row.get("reward_model")
-    if not isinstance(reward_model, dict):
-        return "reward_model", f"must hold style and ground_truth, got {type(reward_model).__name__}"
-    truth = D.plain(reward_model.get("ground_truth"))
+        raise row.bad(prompt_key, "ends with the assistant's message, before which the rollout should start")
+    if not any(message["content"].strip() for message in prompt if message["role"] != "system"):
+        raise row.bad(prompt_key, "asks nothing: no text but the system's")
+    for name, kind, what in (
+        ("data_source", str, "must be text"),
+        ("reward_model", dict, "must hold style and ground_truth"),
+        ("extra_info", dict | None, "must be a struct"),
+    ):
+        value = values.get(name)
+        if not isinstance(value, kind) or value == "":
+            raise row.bad(name, f"{what}, got {type(value).__name__}")
+    truth = plain(values["reward_model"].get("ground_truth"))
     if truth is None or truth != truth or (isinstance(truth, str | list) and not truth):
-        return "reward_model.ground_truth", f"the expected answer is missing, got {truth!r}"
-    if isinstance(truth, str) and (problem := _not_encodable(truth)):
-        return "reward_model.ground_truth", problem
-    info = row.get("extra_info")
-    if info is not None and not isinstance(info, dict):
-        return "extra_info", f"must be a struct, got {type(info).__name__}"
-    return None
-
-
-def _not_encodable(text: str) -> str | None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return f"character {error.start} is half of a surrogate pair"
-    return None
+        raise row.bad("reward_model.ground_truth", f"the expected answer is missing, got {truth!r}")
+    if isinstance(truth, str):
+        encodable(row, "reward_model.ground_truth", truth)
 
 
 class Questions:
@@ -68,19 +69,16 @@ class Questions:
         if self.frame is None:
             self.frame = shared_frame(texts)
         for (number, row), text in zip(batch, texts, strict=True):
-            key = D.stable_hash(unframed(text, self.frame))
-            truth = str(D.plain(row["reward_model"].get("ground_truth"))).strip()
-            self.whole.setdefault(D.stable_hash(text), number)
+            key = stable_hash(unframed(text, self.frame))
+            truth = str(plain(row["reward_model"].get("ground_truth"))).strip()
+            self.whole.setdefault(stable_hash(text), number)
             first, expected = self.known.setdefault(key, (number, truth))
             if first == number:
                 continue
-            detail = f"same question as row {first}"
-            message = "questions that stand in the file more than once"
-            result.found("duplicate", message, number, "prompt", detail, harmful=False)
+            result.found("duplicate", number, "prompt", f"same question as row {first}")
             if truth != expected:
                 detail = f"expects {truth[:60]!r}, row {first} expects {expected[:60]!r}"
-                message = "the same question with another expected answer"
-                result.found("contradiction", message, number, "reward_model.ground_truth", detail)
+                result.found("contradiction", number, "reward_model.ground_truth", detail)
 
     def check_leak(self, result: Result, path: str, prompt_key: str) -> None:
         """Count questions of a validation file that are in the checked file too, whatever the form of either."""
@@ -89,11 +87,11 @@ class Questions:
         while batch := list(itertools.islice(rows, 1000)):
             if layout is None:
                 number, row = batch[0]
-                chat = isinstance(D.plain(row.get(prompt_key)), list)
-                layout = Layout("luffy", prompt_key, None, None) if chat else detect(path, row)
+                chat = isinstance(plain(row.get(prompt_key)), list)
+                layout = Layout(prompt_key, None, None) if chat else detect(Row(path, number, row))
             texts = []
             for number, row in batch:
-                prompt = D.plain(opened(row, {layout.prompt})[0].get(layout.prompt))
+                prompt = plain(opened(row, {layout.prompt})[0].get(layout.prompt))
                 if not isinstance(prompt, str | list) or not prompt:
                     raise BadRow(path, number, str(layout.prompt), f"must hold a question, got {prompt!r}"[:200])
                 if layout.format == "messages":
@@ -103,14 +101,13 @@ class Questions:
                 texts.append(question_text(prompt))
             frame = frame or shared_frame(texts)
             for (number, _), text in zip(batch, texts, strict=True):
-                if (asked := self._row_of(text, frame)) is not None:
-                    message = "rows of validation whose question is in this file"
-                    result.found("leak", message, asked, "prompt", f"row {number} of {path} asks the same")
+                if (trained := self._row_of(text, frame)) is not None:
+                    result.found("leak", trained, "prompt", f"row {number} of {path} asks the same")
 
     def _row_of(self, text: str, frame: tuple[str, str]) -> int | None:
         """The row that asks the same, with or without what all prompts of either file begin and end with."""
         for form in (text, unframed(text, frame), unframed(text, self.frame or ("", ""))):
-            number = D.stable_hash(form)
+            number = stable_hash(form)
             if number in self.whole:
                 return self.whole[number]
             if number in self.known:

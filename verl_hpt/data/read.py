@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from verl_hpt.errors import UserError
 
 MAX_ROW_BYTES = 64 * 2**20  # one row of text; anything larger is damage, not data
@@ -32,30 +35,33 @@ class BadRow(UserError):
         self.file, self.row, self.field, self.problem = str(file), row, field, problem
 
 
-def read_rows(source: str, skip: Callable[[BadRow], None] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+Skip = Callable[[BadRow], None]  # what to do with a row that cannot be read: count it, or raise
+
+
+def stop(bad: BadRow) -> None:
+    raise bad
+
+
+def read_rows(source: str, skip: Skip = stop) -> Iterator[tuple[int, dict[str, Any]]]:
     """(row number from 1, row) of a file, or of a dataset `owner/name[@config][:split]`; raises `BadRow`.
 
-    A row that cannot be read goes to `skip`, where given, and reading goes on; not so where nobody could tell how many
-    rows the damage took.
+    A row that cannot be read goes to `skip`, and reading goes on; not so where nobody could tell how many rows the
+    damage took.
     """
-    path = Path(source)
-    if path.is_dir():
-        raise BadRow(source, 0, "(file)", "is a folder; name the files in it")
-    if not path.exists():
-        if _looks_like_hub(source):
-            yield from _hub_rows(source)
-            return
+    path, found = Path(source), False
+    if path.exists():
+        if path.is_dir():
+            raise BadRow(source, 0, "(file)", "is a folder; name the files in it")
+        if path.stat().st_size == 0:
+            raise BadRow(source, 0, "(file)", "is empty")
+        reader = {"parquet": _parquet_rows, "jsonl": _jsonl_rows, "json": _json_rows}[file_kind(source)]
+    elif source.startswith("hf:") or (_HUB_NAME.match(source) and not source.lower().endswith(_SUFFIXES)):
+        reader = _hub_rows
+    else:
         raise BadRow(source, 0, "(file)", "no such file")
-    if path.stat().st_size == 0:
-        raise BadRow(source, 0, "(file)", "is empty")
-    kind = file_kind(source)
-    reader = {"parquet": _parquet_rows, "jsonl": _jsonl_rows, "json": _json_rows}[kind]
-    found = False
 
     def bad_row(bad: BadRow) -> None:
         nonlocal found
-        if skip is None:
-            raise bad
         found = True
         skip(bad)
 
@@ -70,51 +76,42 @@ def count_rows(source: str) -> int | None:
     """How many rows a parquet file says it has; None where only reading would tell."""
     if not Path(source).is_file() or file_kind(source) != "parquet":
         return None
-    return _open_parquet(source).metadata.num_rows
+    return open_parquet(source).metadata.num_rows
 
 
 def file_kind(source: str) -> str:
     """`parquet`, `jsonl` or `json`, by the file's first bytes; its name decides only what the bytes leave open."""
+    name = source.lower()
     try:
-        with open(source, "rb") as file:
-            head = file.read(4096)
-        if head[:2] == b"\x1f\x8b":
-            with gzip.open(source, "rb") as file:
-                head = file.read(4096)
+        with _open_binary(source) as file:
+            head = file.read(4096).removeprefix(b"\xef\xbb\xbf")
     except _UNREADABLE as error:
         raise BadRow(source, 0, "(file)", f"cannot be read: {error}") from None
-    head = head.removeprefix(b"\xef\xbb\xbf")
     if head[:4] == b"PAR1":
         return "parquet"
-    if source.lower().endswith(".parquet"):
+    if name.endswith(".parquet"):
         raise BadRow(source, 0, "(file)", "is called .parquet but does not begin as one (damaged, or another format)")
     if head.lstrip()[:1] == b"[":
         return "json"
-    if head.lstrip()[:1] == b"{" or source.lower().endswith(_SUFFIXES):
+    if head.lstrip()[:1] == b"{" or name.endswith(_SUFFIXES):
         return "jsonl"
-    if source.lower().endswith((".csv", ".tsv", ".csv.gz", ".tsv.gz")):
-        tab = ", sep='\\t'" if ".tsv" in source.lower() else ""
+    if name.endswith((".csv", ".tsv", ".csv.gz", ".tsv.gz")):
+        tab = ", sep='\\t'" if ".tsv" in name else ""
         code = f"pd.read_csv({source!r}{tab}).to_json('rows.jsonl', orient='records', lines=True)"
         raise BadRow(source, 0, "(file)", f'is CSV or TSV; make JSONL of it: python -c "import pandas as pd; {code}"')
     raise BadRow(source, 0, "(file)", f"is neither parquet nor JSON; known: {', '.join(_SUFFIXES)}")
 
 
-def _open_parquet(source: str):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def open_parquet(source: str) -> pq.ParquetFile:
     try:
         # Buffered column streams: a file of one huge row group is read page by page, not held whole.
         return pq.ParquetFile(source, pre_buffer=False, buffer_size=2**20, page_checksum_verification=True)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise BadRow(source, 0, "(file)", f"is not a whole parquet file: {_first_line(error)}") from None
+        raise BadRow(source, 0, "(file)", f"is not a whole parquet file: {first_line(error)}") from None
 
 
-def _parquet_rows(source: str, bad_row: Callable[[BadRow], None]) -> Iterator[tuple[int, dict]]:
-    import pyarrow as pa
-
-    file = _open_parquet(source)
-    number = 0
+def _parquet_rows(source: str, bad_row: Skip) -> Iterator[tuple[int, dict]]:
+    file, number = open_parquet(source), 0
     try:
         size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups))
         batch_rows = max(1, min(1024, _BATCH_BYTES * max(file.metadata.num_rows, 1) // max(size, 1)))
@@ -128,73 +125,63 @@ def _parquet_rows(source: str, bad_row: Callable[[BadRow], None]) -> Iterator[tu
                     continue
                 yield number, row
     except (pa.ArrowException, OSError, MemoryError) as error:
-        raise BadRow(source, number + 1, "(row)", f"cannot be read, damaged here: {_first_line(error)}") from None
+        raise BadRow(source, number + 1, "(row)", f"cannot be read, damaged here: {first_line(error)}") from None
 
 
-def _parquet_row(source: str, number: int, batch, i: int) -> dict:
-    import pyarrow as pa
-
+def _parquet_row(source: str, number: int, batch: pa.RecordBatch, i: int) -> dict:
     row = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
-            row[name] = column[i].as_py()
+            value = row[name] = column[i].as_py()
         except UnicodeDecodeError as error:
             raise BadRow(source, number, name, f"is not UTF-8: {error.reason}") from None
         except (pa.ArrowException, ValueError, OverflowError) as error:
-            raise BadRow(source, number, name, f"cannot be read: {_first_line(error)}") from None
-        _bound(source, number, name, row[name])
+            raise BadRow(source, number, name, f"cannot be read: {first_line(error)}") from None
+        if isinstance(value, str | bytes) and len(value) > MAX_ROW_BYTES:
+            problem = f"has {len(value)} characters; no row may have more than {MAX_ROW_BYTES}"
+            raise BadRow(source, number, name, problem)
     return row
 
 
-def _bound(source: str, number: int, name: str, value: Any) -> None:
-    if isinstance(value, str | bytes) and len(value) > MAX_ROW_BYTES:
-        raise BadRow(source, number, name, f"has {len(value)} characters; no row may have more than {MAX_ROW_BYTES}")
-
-
-def _jsonl_rows(source: str, bad_row: Callable[[BadRow], None]) -> Iterator[tuple[int, dict]]:
+def _jsonl_rows(source: str, bad_row: Skip) -> Iterator[tuple[int, dict]]:
     with _open_binary(source) as file:
-        number, inside = 0, False
+        number, whole = 0, True  # whole: the line before was read to its end
         while True:
             try:
                 line = file.readline(MAX_ROW_BYTES + 1)
             except _UNREADABLE as error:
-                raise BadRow(source, number + 1, "(line)", f"cannot be read: {_first_line(error)}") from None
+                raise BadRow(source, number + 1, "(line)", f"cannot be read: {first_line(error)}") from None
             if not line:
                 return
-            if inside:  # what is left of a line that was too long
-                inside = not line.endswith(b"\n")
+            begins, whole = whole, line.endswith(b"\n")
+            if not begins:  # what is left of a line that was too long
                 continue
             number += 1
-            if len(line) > MAX_ROW_BYTES:
-                hint = _wrapped_hint(source) if number == 1 else ""
-                bad_row(BadRow(source, number, "(line)", f"is longer than {MAX_ROW_BYTES} bytes{hint}"))
-                inside = not line.endswith(b"\n")
+            if len(line) <= MAX_ROW_BYTES and not line.strip():
                 continue
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                try:
-                    row = _parsed(source, number, line, line.endswith(b"\n"))
-                except BadRow as bad:
-                    bad_row(bad)
-                    continue
-                yield number, row
+            try:
+                row = _parsed(source, number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+            except BadRow as bad:
+                bad_row(bad)
+                continue
+            yield number, row
 
 
-def _parsed(source: str, number: int, line: bytes, ended: bool = True) -> dict:
+def _parsed(source: str, number: int, line: bytes) -> dict:
+    wrapped = _wrapped_hint(source) if number == 1 else ""
+    if len(line) > MAX_ROW_BYTES:
+        raise BadRow(source, number, "(line)", f"is longer than {MAX_ROW_BYTES} bytes{wrapped}")
     try:
-        text = line.decode()
+        row = json.loads(line.decode())
     except UnicodeDecodeError as error:
         problem = f"byte {error.start} is not UTF-8 (0x{line[error.start]:02x}); convert the file to UTF-8"
-        raise BadRow(source, number, _field_before(line, error.start), problem) from None
-    try:
-        row = json.loads(text)
+        names = re.findall(rb'"([^"\\]{1,60})"\s*:', line[: error.start]) or [b"(line)"]  # the last is the field
+        raise BadRow(source, number, names[-1].decode("utf-8", "replace"), problem) from None
     except json.JSONDecodeError as error:
-        cut = "" if ended else "; the last line has no end: the file looks cut off"
-        cut = cut or (_wrapped_hint(source) if number == 1 else "")
-        raise BadRow(source, number, "(line)", f"is not JSON: {error.msg} at character {error.pos}{cut}") from None
+        hint = wrapped if line.endswith(b"\n") else "; the last line has no end: the file looks cut off"
+        raise BadRow(source, number, "(line)", f"is not JSON: {error.msg} at character {error.pos}{hint}") from None
     except (RecursionError, ValueError) as error:
-        raise BadRow(source, number, "(line)", f"is not usable JSON: {_first_line(error)}") from None
+        raise BadRow(source, number, "(line)", f"is not usable JSON: {first_line(error)}") from None
     if not isinstance(row, dict):
         raise BadRow(source, number, "(line)", f"must be an object with named fields, got {type(row).__name__}")
     return row
@@ -216,13 +203,7 @@ def unwrap_hint(source: str, key: str) -> str:
     return f'; if `{key}` holds the rows, write that list alone: python -c "import json; {code}"'
 
 
-def _field_before(line: bytes, position: int) -> str:
-    """The last `"name":` before a byte: good enough to point a person at it."""
-    names = re.findall(rb'"([^"\\]{1,60})"\s*:', line[:position])
-    return names[-1].decode("utf-8", "replace") if names else "(line)"
-
-
-def _json_rows(source: str, bad_row: Callable[[BadRow], None]) -> Iterator[tuple[int, dict]]:
+def _json_rows(source: str, bad_row: Skip) -> Iterator[tuple[int, dict]]:
     """Elements of one JSON list, decoded as they arrive."""
     decoder, number = json.JSONDecoder(), 0
     with _open_binary(source) as binary:
@@ -233,9 +214,9 @@ def _json_rows(source: str, bad_row: Callable[[BadRow], None]) -> Iterator[tuple
                 return file.read(2**20)
             except UnicodeDecodeError as error:
                 problem = f"not UTF-8 ({error.reason}); convert the file to UTF-8"
-                raise BadRow(source, number + 1, "(row)", problem) from None
             except _UNREADABLE as error:
-                raise BadRow(source, number + 1, "(row)", f"cannot be read: {_first_line(error)}") from None
+                problem = f"cannot be read: {first_line(error)}"
+            raise BadRow(source, number + 1, "(row)", problem)
 
         buffer, at, comma = more(), 0, False
         at = buffer.index("[") + 1
@@ -272,33 +253,23 @@ def _open_binary(source: str):
     return gzip.open(source, "rb") if packed else open(source, "rb")
 
 
-def _looks_like_hub(source: str) -> bool:
-    return source.startswith("hf:") or bool(_HUB_NAME.match(source) and not source.lower().endswith(_SUFFIXES))
-
-
-def _hub_rows(source: str) -> Iterator[tuple[int, dict]]:
+def _hub_rows(source: str, bad_row: Skip) -> Iterator[tuple[int, dict]]:
     """A dataset by name (or a local dataset folder, `hf:FOLDER`), streamed by the `datasets` library."""
     try:
         import datasets
     except ImportError:
         raise UserError(f"{source} is no file, and reading it as a Hugging Face dataset needs `datasets`") from None
-    match = re.match(r"^(?:hf:)?(.+?)(?:@([\w.-]+))?(?::([\w\[\]:%+.-]+))?$", source)
-    name, config, split = match.group(1), match.group(2), match.group(3) or "train"
+    name, config, split = re.match(r"^(?:hf:)?(.+?)(?:@([\w.-]+))?(?::([\w\[\]:%+.-]+))?$", source).groups("")
     number = 0
     try:
-        for row in datasets.load_dataset(name, config, split=split, streaming=True):
-            number += 1
+        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+        for number, row in enumerate(rows, 1):
             yield number, dict(row)
-    except BadRow:
-        raise
     except Exception as error:  # the hub's client raises from many libraries; the user needs its first line
-        raise BadRow(
-            source, number + 1 if number else 0, "(dataset)", f"cannot be read: {_first_line(error)}"
-        ) from None
-    if not number:
-        raise BadRow(source, 0, "(dataset)", "has no rows")
+        where = number + 1 if number else 0
+        raise BadRow(source, where, "(dataset)", f"cannot be read: {first_line(error)}") from None
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__)[:300]
+def first_line(error: BaseException) -> str:
+    """The first line of what a library says."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,9 +1,11 @@
 """Prompts and demonstrations as the run's tokenizer sees them, many at a time."""
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from verl_hpt.demos import encode as D
+from verl_hpt.demos.demonstration import Demonstration, Unusable
+from verl_hpt.demos.encode import end_of_answers
 from verl_hpt.errors import UserError
 
 
@@ -30,7 +32,7 @@ class Renderer:
             raise UserError(f"{option} {path}: its tokenizer cannot be loaded: {problem}") from None
         self.kwargs = kwargs or {}
         self.max_length = max_length
-        self.eos_id, _, self.eos_problem = D.end_of_answers(self.tokenizer, path, self._eos(eos, path))
+        self.eos_id, _, self.eos_problem = end_of_answers(self.tokenizer, path, self._eos(eos, path))
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is not None:
             backend.no_truncation()
@@ -52,11 +54,11 @@ class Renderer:
             kwargs = {**self.kwargs, "tokenize": False, "add_generation_prompt": True}
             text = self.tokenizer.apply_chat_template(messages, **kwargs)
         except Exception as error:  # templates raise whatever they like
-            raise D.Unusable("template", f"{type(error).__name__}: {str(error)[:200]}") from None
+            raise Unusable("template", f"{type(error).__name__}: {str(error)[:200]}") from None
         for call in (call for message in messages for call in message.get("tool_calls") or []):
             name = (call.get("function") or call).get("name") if isinstance(call, dict) else None
             if isinstance(name, str) and name not in text:
-                raise D.Unusable("template", f"it leaves out the call of tool {name!r}")
+                raise Unusable("template", f"it leaves out the call of tool {name!r}")
         return text
 
     def tokens(self, texts: list[str]) -> list[list[int]]:
@@ -67,7 +69,7 @@ class Renderer:
 
     @property
     def encoding(self) -> tuple:
-        """What ``demo_columns.read_demos`` is given, many texts at a time."""
+        """What ``demos.read.read`` is given, many texts at a time."""
         return self.tokenizer, self.eos_id, self.max_length, self.kwargs, self.tokens
 
     def texts(self, ids: list[list[int]]) -> list[str]:
@@ -80,21 +82,28 @@ class Renderer:
         """Whether special tokens stand in the text: verl's reward loop does not see those."""
         return any(token in text for token in self.tokenizer.all_special_tokens)
 
-    def beside(self, row: int, ids: list[int], encoded: D.EncodedDemo) -> dict:
+    def beside(self, row: int, ids: list[int], demo: Demonstration) -> dict:
         """One demonstration beside the prompt that its rollouts start from, token for token."""
         return {
             "row": row,
             "prompt_ids": ids,
             "prompt_tokens": self._spelled(ids),
-            "ids": encoded.ids,
-            "tokens": self._spelled(encoded.ids),
-            "trained": encoded.mask,
+            "ids": demo.ids,
+            "tokens": self._spelled(demo.ids),
+            "trained": demo.mask,
             "eos": self.eos_id,
-            "eos_count": sum(i == self.eos_id and m == 1 for i, m in zip(encoded.ids, encoded.mask, strict=True)),
+            "eos_count": sum(i == self.eos_id and m == 1 for i, m in zip(demo.ids, demo.mask, strict=True)),
         }
 
     def _spelled(self, ids: Sequence[int]) -> list[str]:
         return [self.tokenizer.decode([i], skip_special_tokens=False) for i in ids]
+
+
+def renderer(args: argparse.Namespace) -> Renderer:
+    """The renderer that the options ask for: --tokenizer, else the tokenizer of --model."""
+    option = "--tokenizer" if args.tokenizer else "--model"
+    limit, kwargs = args.max_response_length, args.template_kwargs
+    return Renderer(args.tokenizer or args.model, option=option, eos=args.eos, max_length=limit, kwargs=kwargs)
 
 
 def difference(a: str, b: str) -> str:

@@ -1,223 +1,212 @@
-"""Rows in verl's form to parquet: the schema by the first rows, and a writer that lets nothing vanish or change."""
+"""Rows in verl's form to parquet: types that hold every row, and proof that each row reads back as it was meant.
+
+Arrow writes 0.5 into a column of integers as 0 and drops keys that a struct lacks, both without a word. So the types
+come from all rows, every table is compared with its rows before it is written, and the file with its tables after it.
+"""
 
 import contextlib
-import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from verl_hpt.data.keep import OURS, STANDARD, kept_columns, misfit, misfit_problem
-from verl_hpt.data.read import BadRow
-from verl_hpt.data.rows import as_messages
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from verl_hpt.errors import UserError
 
-_GROUP_BYTES = 16 * 2**20
-_OPTIONAL = ("name", "tool_call_id", "reasoning_content")  # message fields of type text
+_GROUP_BYTES, _GROUP_ROWS = 16 * 2**20, 20_000
+_ERRORS = (pa.ArrowException, OverflowError, TypeError, ValueError)
+_CHAT = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+_SCALARS = {int, float, str, type(None)}  # a bool equals a number, so it is compared one by one
 
 
-def stop_at(bad: BadRow) -> None:
-    """What to do with a bad row unless the user says otherwise."""
-    raise bad
-
-
-def schema_of(rows: list[dict], several: bool, keep: dict[str, Any] | None = None, skip: Callable = stop_at):
-    """The Arrow schema for rows like these: optional message fields only where they occur, a list level for several."""
-    import pyarrow as pa
-
-    further, extra, reward = kept_columns(rows, keep or {}, skip)
-    messages = [m for row in rows for m in (*row["prompt"], *_flat(row["target"]))]
-    fields = [("role", pa.string()), ("content", pa.string())]
-    fields += [(name, pa.string()) for name in _OPTIONAL if any(name in m for m in messages)]
-    if any("tool_calls" in m for m in messages):
-        function = pa.struct([("name", pa.string()), ("arguments", pa.string())])
-        call = pa.struct([("id", pa.string()), ("type", pa.string()), ("function", function)])
-        fields.append(("tool_calls", pa.list_(call)))
-    chat = pa.list_(pa.struct(fields))
-    plain_chat = pa.list_(pa.struct(fields[:2]))
-    several = several or any(len(row["target"]) > 1 for row in rows)
-    info = [("index", pa.int64()), ("split", pa.string()), ("file", pa.string()), ("row", pa.int64())]
-    columns = [
-        ("data_source", pa.string()),
-        ("prompt", chat if any(set(m) - {"role", "content"} for row in rows for m in row["prompt"]) else plain_chat),
-        ("ability", pa.string()),
-        ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", pa.string()), *reward])),
-        ("extra_info", pa.struct([*info, *extra])),
-        ("target", pa.list_(chat) if several else chat),
-    ]
-    return pa.schema([*columns, *further])
-
-
-def _flat(target: list) -> Iterator[dict]:
-    for demo in target:
-        if isinstance(demo, list):
-            yield from demo
-
-
-class Writer:
-    """A parquet file written row group by row group under a provisional name.
-
-    `careful` tries every row by itself, so that a row that Arrow refuses can be left out before anything counts it;
-    `peeked` is the number of rows that settled the schema.
-    """
-
-    def __init__(self, path: str, schema, keep: dict[str, Any] | None = None, careful: bool = False, peeked: int = 0):
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        self.path, self.part, self.schema = path, f"{path}.part", schema
-        self.keep, self.careful, self.peeked = keep or {}, careful, peeked
-        self.several = pa.types.is_list(schema.field("target").type.value_type)
-        self.checked = [f for f in schema if f.name not in (*STANDARD, "extra_info")]
-        for name, ours in OURS.items():  # a later row may bring the first key of its own
-            if name in self.keep or schema.field(name).type.num_fields > len(ours):
-                self.checked.append(schema.field(name))
-        self.names = {
-            "prompt": {f.name for f in schema.field("prompt").type.value_type},
-            "target": {f.name for f in _innermost(schema.field("target").type)},
-        }
-        self.rows: list[dict] = []
-        self.size, self.count = 0, 0
-        if not path.endswith(".parquet"):
-            raise UserError(f"{path}: verl reads parquet by its name; call the output something.parquet")
-        if Path(path).is_dir():
-            raise UserError(f"{path}: cannot be written: it is a folder")
-        try:
-            with self._writing():
-                Path(path).parent.mkdir(parents=True, exist_ok=True)
-                self.file = pq.ParquetWriter(self.part, schema, compression="zstd", write_page_checksum=True)
-        except UserError:
-            with contextlib.suppress(OSError):
-                Path(self.part).unlink(missing_ok=True)
-            raise
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        import pyarrow as pa
-
-        try:
-            yield
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{self.path}: cannot be written: {error}") from None
-
-    def add(self, row: dict, seen: int) -> None:
-        """Take a row, the `seen` + 1st of the conversion; raises `BadRow` where it would lose something."""
-        target = [as_messages(d) for d in row["target"]]
-        info = row["extra_info"]
-        if not self.several and len(target) > 1:
-            problem = f"{len(target)} demonstrations, earlier rows had one: convert again with --several"
-            raise BadRow(info["file"], info["row"], "target", problem)
-        self._check_messages(info, "prompt", row["prompt"], seen)
-        self._check_messages(info, "target", _flat(target), seen)
-        self._check_kept(row, seen)
-        if info["index"] is None:
-            info["index"] = self.count
-        row = {**row, "target": target if self.several else (target[0] if target else None)}
-        for messages in (row["prompt"], *target):
-            for message in messages or []:
-                if "tool_calls" in message:
-                    message["tool_calls"] = [_call(c) for c in message["tool_calls"]]
-        if self.careful:
-            self._check_arrow([row])
-        self.size += _size(row)
-        self.count += 1
-        self.rows.append(row)
-        if self.size >= _GROUP_BYTES or len(self.rows) >= 20_000:
-            self._flush()
-
-    def _check_messages(self, info: dict, key: str, messages, seen: int) -> None:
-        """Arrow drops struct fields that its schema lacks without a word; a late tool call must not vanish so."""
-        for message in messages:
-            extra = set(message) - self.names[key]
-            if extra:
-                problem = f"appears first here, after {seen} rows without it: convert again with --peek {seen + 1}"
-                raise BadRow(info["file"], info["row"], f"{key}.{min(extra)}", problem)
-
-    def _check_kept(self, row: dict, seen: int) -> None:
-        for field in self.checked:
-            bad = misfit(row.get(field.name), field.type, field.name)
-            if bad is not None:
-                info = row["extra_info"]
-                raise BadRow(
-                    info["file"], info["row"], bad[0], misfit_problem(bad, field, self.keep, seen, self.peeked)
-                )
-
-    def _flush(self) -> None:
-        if self.rows:
-            table = self._check_arrow(self.rows)
-            with self._writing():
-                self.file.write_table(table)
-        self.rows, self.size = [], 0
-
-    def _check_arrow(self, rows: list[dict]):
-        """The rows as a table; raises `BadRow` for the first that Arrow does not take."""
-        import pyarrow as pa
-
-        errors = (pa.ArrowException, TypeError, ValueError, OverflowError)
-        try:
-            return pa.Table.from_pylist(rows, self.schema)
-        except errors as error:
-            for row in rows:
-                for field in self.schema:
-                    try:
-                        pa.array([row.get(field.name)], field.type)
-                    except errors as reason:
-                        info = row["extra_info"]
-                        problem = str(reason).splitlines()[0][:200]
-                        if "too large to convert to C long" in problem:
-                            problem = "has an integer beyond 64 bits"
-                        if field in self.checked:
-                            key = ".KEY" if field.name in OURS else ""
-                            problem += f": --keep {field.name}{key}:string writes it as JSON text"
-                        raise BadRow(info["file"], info["row"], field.name, problem) from None
-            raise UserError(f"{self.path}: {error}") from None
-
-    def close(self) -> None:
-        """Write what is left and give the file its name."""
-        self._flush()
-        with self._writing():
-            self.file.close()
-            os.replace(self.part, self.path)
-
-    def abandon(self) -> None:
-        """Leave nothing behind."""
-        with contextlib.suppress(UserError), self._writing():
-            self.file.close()
-        self.file.is_open = False  # else it tries once more when it is collected, and prints what it raises
-        with contextlib.suppress(OSError):
-            Path(self.part).unlink(missing_ok=True)
+def groups(rows: Iterable[Any], values: Any = lambda row: row) -> Iterator[list[Any]]:
+    """The rows in lists of about 16 MiB, as they are held in memory and written."""
+    group, size = [], 0
+    for row in rows:
+        group.append(row)
+        size += _size(values(row))
+        if size >= _GROUP_BYTES or len(group) >= _GROUP_ROWS:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def _size(value: Any) -> int:
     """About the bytes of a value in Python."""
     if isinstance(value, str | bytes):
         return len(value)
-    if isinstance(value, dict):
-        value = list(value.values())
+    value = list(value.values()) if isinstance(value, dict) else value
     if not isinstance(value, list):
         return 0
     deeper = value if {str, bytes, dict, list}.intersection(map(type, value)) else ()
     return 32 * len(value) + sum(map(_size, deeper))
 
 
-def _innermost(kind):
-    import pyarrow as pa
+def schema_of(batches: Iterable[list[dict]], several: bool) -> pa.Schema | None:
+    """The columns of all rows, each of a type that holds them all; what fits none is left to `Writer.write` to name.
 
-    while pa.types.is_list(kind):
-        kind = kind.value_type
+    `target` holds lists of demonstrations in the rows; in the schema it does where `several`, or where a row has two.
+    None where there are no rows.
+    """
+    kinds: dict[str, pa.DataType] = {}
+    for rows in batches:
+        several = several or any(len(row["target"]) > 1 for row in rows)
+        for name in dict.fromkeys(name for row in rows for name in row):
+            column = [row[name] for row in rows if name in row]
+            known = kinds.setdefault(name, pa.list_(_CHAT) if name == "target" else pa.null())
+            try:
+                kinds[name] = _common(known, column)
+            except _ERRORS:
+                for value in column:
+                    with contextlib.suppress(_ERRORS):
+                        kinds[name] = _common(kinds[name], [value])
+    if not kinds:
+        return None
+    if not several:
+        kinds["target"] = kinds["target"].value_type
+    return pa.schema({name: _writable(kind) for name, kind in kinds.items()})
+
+
+def _common(kind: pa.DataType, values: list) -> pa.DataType:
+    both = [pa.schema({"": kind}), pa.schema({"": pa.array(values).type})]
+    return pa.unify_schemas(both, promote_options="permissive").field(0).type
+
+
+def _writable(kind: pa.DataType) -> pa.DataType:
+    """The type with null in place of objects that are always empty, which parquet cannot hold."""
+    if pa.types.is_list(kind):
+        return pa.list_(_writable(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct({f.name: _writable(f.type) for f in kind}) if kind.num_fields else pa.null()
     return kind
 
 
-def _call(call: Any) -> dict:
-    """A tool call with its arguments as JSON text, the one form that every row can share."""
-    function = call.get("function") if isinstance(call, dict) and isinstance(call.get("function"), dict) else call
-    function = function if isinstance(function, dict) else {}
-    arguments = function.get("arguments")
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments if arguments is not None else {}, ensure_ascii=False, default=str)
-    outer = call if isinstance(call, dict) else {}
-    return {
-        "id": outer.get("id"),
-        "type": outer.get("type") or "function",
-        "function": {"name": function.get("name"), "arguments": arguments},
-    }
+def misfit(value: Any, kind: pa.DataType, path: str = "") -> tuple[str, str] | None:
+    """(path, problem) of the first part of a value that the type would drop, change or refuse; None: there is none."""
+    try:
+        written = pa.array([value], kind)[0].as_py()
+        problem = None if _same(value, written) else f"{value!r:.80} would become {written!r:.80}: its column is {kind}"
+    except _ERRORS as error:
+        problem = _refusal(value, kind, error)
+    if problem is None:
+        return None
+    found = None
+    if isinstance(value, dict) and pa.types.is_struct(kind):
+        kinds = {field.name: field.type for field in kind}
+        parts = ((value[key], kinds[key], f"{path}.{key}") for key in value if key in kinds)
+        found = next(filter(None, (misfit(*part) for part in parts)), None)
+        dropped = next((key for key in value if key not in kinds and value[key] is not None), None)
+        if found is None and dropped is not None:
+            found = f"{path}.{dropped}", f"would be dropped, its column is {kind}"[:300]
+    elif isinstance(value, list) and pa.types.is_list(kind):
+        found = next(filter(None, (misfit(item, kind.value_type, path) for item in value)), None)
+    return found or (path, problem)
+
+
+def _refusal(value: Any, kind: pa.DataType, error: Exception) -> str:
+    try:
+        own = pa.array([value]).type
+    except OverflowError:
+        return f"is an integer beyond 64 bits, got {value!r:.80}"
+    except UnicodeEncodeError as surrogate:
+        return f"character {surrogate.start} is half of a surrogate pair"
+    except _ERRORS as reason:
+        return f"{str(reason).splitlines()[0]:.160}, got {value!r:.80}"
+    if value in ({}, [{}]):
+        return "is an empty object in all rows, which parquet cannot hold"
+    if own == kind or pa.types.is_null(kind):
+        return f"{str(error).splitlines()[0]:.160}, got {value!r:.80}"
+    return f"fits no one type with the rows before it, which have {kind}, got {value!r:.80}"
+
+
+def _same(meant: Any, written: Any) -> bool:
+    """Whether a value came back: an integer may have become the same double, a missing key null."""
+    if isinstance(meant, dict) and isinstance(written, dict):
+        return all(_same(meant.get(key), written.get(key)) for key in {**meant, **written})
+    if isinstance(meant, list) and isinstance(written, list) and len(meant) == len(written):
+        return (_SCALARS.issuperset(map(type, meant)) and meant == written) or all(map(_same, meant, written))
+    if meant == written:
+        return isinstance(meant, bool) == isinstance(written, bool)
+    return meant != meant and written != written
+
+
+class Writer:
+    """A parquet file under a provisional name: leaving the `with` proves and names it, an exception removes it."""
+
+    def __init__(self, path: str, schema: pa.Schema):
+        self.path, self.part, self.schema, self.count = path, f"{path}.part", schema, 0
+        self.digests: list[int] = []  # of each row group
+        if not path.endswith(".parquet"):
+            raise UserError(f"{path}: verl reads parquet by its name; call the output something.parquet")
+        if Path(path).is_dir():
+            raise UserError(f"{path}: cannot be written: it is a folder")
+        with self._writing():
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self.file = pq.ParquetWriter(self.part, schema, compression="zstd", write_page_checksum=True)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, pa.ArrowException) as error:
+            self._remove()
+            raise UserError(f"{self.path}: cannot be written: {error}") from None
+
+    def _remove(self) -> None:
+        with contextlib.suppress(OSError):
+            Path(self.part).unlink(missing_ok=True)
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind, *_: Any) -> None:
+        """Read back what was written, then give the file its name."""
+        try:
+            with self._writing():
+                self.file.close()
+                if kind is None:
+                    self._prove()
+                    os.replace(self.part, self.path)
+        finally:
+            self.file.is_open = False  # else it tries once more when it is collected, and prints what it raises
+            self._remove()
+
+    def _prove(self) -> None:
+        file = pq.ParquetFile(self.part, page_checksum_verification=True)
+        for group, digest in enumerate(self.digests):
+            if hash(repr(file.read_row_group(group).to_pylist())) != digest:
+                raise UserError(f"{self.path}: row group {group + 1} does not read back as it was written")
+
+    def write(self, rows: list[dict], split: str) -> list[tuple[int, str, str]]:
+        """Write rows as one group. Where some would change: write none, return the position, path and problem of each.
+
+        `extra_info` gets an index, counted in this file, and a split where the row has none of its own.
+        """
+        rows = [self._final(row, index, split) for index, row in enumerate(rows, self.count)]
+        written = None
+        with contextlib.suppress(*_ERRORS):
+            table = pa.Table.from_pylist(rows, self.schema)
+            written = table.to_pylist()
+        if written is not None and all(map(_same, rows, written)):
+            self.write_table(table, hash(repr(written)))
+            return []
+        kind = pa.struct(self.schema)
+        changed = [(i, bad[0][1:], bad[1]) for i, row in enumerate(rows) if (bad := misfit(row, kind)) is not None]
+        if not changed:
+            raise UserError(f"{self.path}: rows {self.count + 1} on cannot be written, though each alone can")
+        return changed
+
+    def write_table(self, table: pa.Table, digest: int | None = None) -> None:
+        """Write a table as one group; it is proven to read back equal."""
+        self.digests.append(hash(repr(table.to_pylist())) if digest is None else digest)
+        with self._writing():
+            self.file.write_table(table)
+        self.count += len(table)
+
+    def _final(self, row: dict, index: int, split: str) -> dict:
+        several = pa.types.is_list(self.schema.field("target").type.value_type)
+        target = row["target"] if several else next(iter(row["target"]), None)
+        return {**row, "extra_info": {"index": index, "split": split, **row["extra_info"]}, "target": target}

@@ -182,29 +182,44 @@ class Column(NamedTuple):
     It holds one value for a row with one demonstration, or a list with one for each of several.
 
     Attributes:
+        meaning: for people, in the settings and on the command line.
         holds: a number, text, or a number for each token, EOS included.
         required: a demonstration without a value cannot be trained on.
         problem: (numbers, values as they stand, mask) -> what is wrong with them.
         trained: (numbers, mask) -> what training takes them as. blank: the number on every other row's tokens.
     """
 
-    holds: Literal["number", "text", "number a token"]
+    meaning: str
+    holds: Literal["number", "text", "number a token"] = "number"
     required: bool = False
     problem: Callable[[np.ndarray, list, np.ndarray | None], str | None] = lambda numbers, values, mask: None
     trained: Callable[[np.ndarray, np.ndarray], np.ndarray] = lambda numbers, mask: numbers
     blank: float = 0.0
 
 
-# All of them; a further one is one entry more. What they mean stands at the settings' keys (``config.Demo``).
+# All of them; a further one is one entry more.
 COLUMNS = {
-    "reward": Column("number", required=True),
-    "log_likelihood": Column("number", problem=log_probs),
-    "other_log_prob": Column("number", required=True, problem=log_probs),
-    "token_weights": Column("number a token", problem=weights, trained=relative, blank=1.0),
-    "teacher_log_prob": Column(
-        "number a token", required=True, problem=log_probs, trained=lambda numbers, mask: np.minimum(numbers, 0.0)
+    "reward": Column("what each demonstration counts as", required=True),
+    "log_likelihood": Column(
+        "its mean log-prob a token, which select=likelihood compares; `verl-hpt data likelihood` writes it",
+        problem=log_probs,
     ),
-    "source": Column("text"),
+    "other_log_prob": Column("the same under other models, for poft", required=True, problem=log_probs),
+    "token_weights": Column(
+        "a weight for each token, EOS included; they are relative (mean 1 over what learns)",
+        "number a token",
+        problem=weights,
+        trained=relative,
+        blank=1.0,
+    ),
+    "teacher_log_prob": Column(
+        "log π of its author for each token, EOS included (any number on what tools say)",
+        "number a token",
+        required=True,
+        problem=log_probs,
+        trained=lambda numbers, mask: np.minimum(numbers, 0.0),
+    ),
+    "source": Column("who wrote it, counted in hpt/demo_source/<name>", "text"),
 }
 
 
