@@ -282,7 +282,7 @@ def test_reasons_are_those_of_training_for_every_demonstration(tmp_path, tokeniz
     assert result["unusable"] == {reason: len(target)} and result["demonstrations"] == len(target)
     tokenizer, counts = tiny("qwen2.5"), Counter()
     reader = Reader(tokenizer, tokenizer.eos_token_id, Demo(reward="r"), 64)
-    assert reader.candidates(Group("u", [0], columns=columns), counts) == []
+    assert reader.usable(Group("u", [0], columns=columns), counts) == []
     assert counts == {"unusable": 1, f"unusable/{reason}": 1}
 
 

@@ -18,7 +18,8 @@ from verl_hpt.data.commands import main
 from verl_hpt.data.convert import in_validation
 from verl_hpt.data.formats import FORMATS, Format, Layout, Question
 from verl_hpt.data.questions import question_text
-from verl_hpt.demos.encode import demonstrations, encode
+from verl_hpt.demos.demonstration import demonstrations
+from verl_hpt.demos.encode import encode
 
 ROOT = Path(__file__).resolve().parents[1]
 
