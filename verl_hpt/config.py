@@ -264,7 +264,7 @@ def parse(node: Mapping | None) -> tuple[Settings | None, list[str]]:
     """As ``load``; or None, and the problems."""
     node = {} if node is None else node
     if isinstance(node, Mapping) and isinstance(node.get("per_source"), Mapping):
-        sources = {name: _over(node.get("gate", {}), source) for name, source in node["per_source"].items()}
+        sources = {str(name): _over(node.get("gate", {}), source) for name, source in node["per_source"].items()}
         node = {**node, "per_source": sources}
     return read(Settings, node, "hpt")
 
@@ -349,9 +349,14 @@ def _gate_problems(gate: Gate, method: Method | None) -> Iterator[str]:
             f"{', '.join(takes) or 'none'}{near}"
         )
         return
-    first = function(0, 1, numbers, **gate.kwargs)
+    try:
+        first = function(0, 1, numbers, **gate.kwargs)
+        shares = first.on + first.off + first.sft
+    except Exception as error:  # code of the user's
+        yield f"hpt.gate.function={gate.function!r} fails where none of 1 is solved, kwargs={gate.kwargs!r}: {error!r}"
+        return
     terms = () if method is None else (first.off and method.term("R"), first.sft and method.term("S"))
-    if terms and (first.off or first.sft) and not first.on and not any(terms):
+    if terms and shares and not first.on and not any(terms):
         yield (
             f"hpt.gate.function={gate.function!r} gives an unsolved question a share of a term that method "
             f"{method.name!r} has not (off {first.off:g}: R, sft {first.sft:g}: S), and it would be dropped"

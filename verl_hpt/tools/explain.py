@@ -53,7 +53,7 @@ class Row(BaseModel):
     teacher_log_prob: LogProbs | None = None
     entropy: Numbers | None = None
     advantage: Numbers | None = None
-    token_weights: None = None
+    token_weights: None = Field(None, description="a demonstration's alone")
     other_log_prob: float | None = None
 
     @model_validator(mode="after")
