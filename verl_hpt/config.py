@@ -86,7 +86,7 @@ class Gate:
 
 @checked
 class Rollouts:
-    # DAPO's overlong filtering (arXiv 2503.14476, section 3.4) masks before Â: Â is 0 where all that finished are right.
+    # DAPO's overlong filtering (arXiv 2503.14476, section 3.4) masks before Â, which is 0 where all the rest are right.
 
     truncated: Literal["keep", "unsolved", "mask"] = setting(
         "keep", "cut rollouts: keep; count as unsolved (in Â: 0, or the group's lowest below 0); or mask, drop after Â"
