@@ -142,6 +142,10 @@ def test_a_sources_gate_starts_from_the_general_one():
     assert (gate.threshold, gate.success) == (0.25, 0.5)
 
 
+def test_a_source_may_be_named_by_a_number():
+    assert load({"per_source": {5: {"gate": {"count": 1}}}}).per_source["5"].gate.count == 1
+
+
 def test_schedules_move_from_start_to_end_and_stay():
     linear = Schedule(0.5, 0.0, 100)
     assert [linear.at(s) for s in (0, 25, 50, 100, 500)] == [0.5, 0.375, 0.25, 0.0, 0.0]

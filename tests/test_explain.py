@@ -132,7 +132,7 @@ def test_token_weights_of_a_case_are_checked(tmp_path, capsys, weights, problem)
     _, _, err = run(tmp_path, capsys, change(["questions", 0, "demos", 0, "token_weights"], weights))
     assert problem in err
     _, _, err = run(tmp_path, capsys, change(["questions", 0, "rollouts", 0, "token_weights"], 1.0))
-    assert "rollouts[0].token_weights=1.0: must be null" in err
+    assert "rollouts[0].token_weights=1.0: must be null: a demonstration's alone" in err
 
 
 def test_a_file_that_is_not_there_and_an_unknown_command(capsys):

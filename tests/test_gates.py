@@ -213,6 +213,8 @@ def test_a_sources_arguments_are_its_own_and_go_with_the_general_function(of_min
          r"got an unexpected keyword argument 'mots'; it takes most, other; did you mean most\?"),
         (["++hpt.gate.function=needs_nothing", "++hpt.gate.kwargs={k: 1}"],
          r"hpt\.gate\.kwargs={'k': 1} does not fit hpt\.gate\.function='needs_nothing', .* it takes none"),
+        (["++hpt.gate.function=up_to", "++hpt.gate.kwargs={most: many}"],
+         r"hpt\.gate\.function='up_to' fails where none of 1 is solved, kwargs={'most': 'many'}: TypeError\("),
         (["++hpt.gate.function=up_to", "++hpt.gate.kwargs={n: 1}"], r"multiple values for argument 'n'"),
         (["++hpt.gate.function=up_to", "++hpt.gate.kwargs=2"], r"hpt\.gate\.kwargs=2: must be a mapping, got int"),
     ],

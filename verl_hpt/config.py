@@ -61,8 +61,6 @@ def at(value: float | Schedule | None, step: int) -> float | None:
 
 @checked
 class Gate:
-    """When a question learns from its demonstration instead of its rollouts."""
-
     threshold: float | Schedule = setting(0.0, "γ: imitate where solved ≤ γ·n; below 0 never, from 1 on always")
     count: int | None = setting(None, "the same as a number of rollouts; below 0 never")
     success: float = setting(1.0, "score from which a rollout counts as solved")
@@ -90,11 +88,7 @@ class Gate:
 
 @checked
 class Rollouts:
-    """What becomes of rollouts that were cut at the length limit.
-
-    "mask": Â is made with them counted as unsolved, then they are dropped. DAPO's overlong filtering (arXiv 2503.14476,
-    section 3.4) drops them first: then Â is 0 where all that finished are right.
-    """
+    # DAPO's overlong filtering (arXiv 2503.14476, section 3.4) masks before Â, which is 0 where all the rest are right.
 
     truncated: Literal["keep", "unsolved", "mask"] = setting(
         "keep", "cut rollouts: keep; count as unsolved (in Â: 0, or the group's lowest below 0); or mask, drop after Â"
@@ -113,10 +107,7 @@ def _with_columns(cls: type) -> type:
 @checked
 @_with_columns
 class Demo:
-    """Where demonstrations come from, and which of them are used.
-
-    A column holds one value for a row with one demonstration, or a list with one for each.
-    """
+    """Each column holds one value for a row with one demonstration, or a list with one for each."""
 
     key: str = setting("target", "column with demonstrations: a string, chat messages, or a list of either")
     reward: float | str | None = setting(
@@ -147,16 +138,12 @@ class Demo:
 
 @checked
 class EarlyGate:
-    """Fewer rollouts for questions of which no rollout was solved in several draws in a row."""
-
-    after_failures: int = setting(..., "draws in a row without a solved rollout", ge=1)
+    after_failures: int = setting(..., "draws of the question in a row without a solved rollout", ge=1)
     rollouts: int = setting(1, "rollouts that such a question gets", ge=1)
 
 
 @checked
 class History:
-    """What follows from a question's history."""
-
     retire_after: int | None = setting(None, "uses after which a demonstration is retired for the question", ge=1)
     cooldown: int = setting(0, "steps that a question's demonstrations rest after a use", ge=0)
     early_gate: EarlyGate | None = setting(None, "fewer rollouts for questions that failed so often in a row")
@@ -168,15 +155,11 @@ class History:
 
 @checked
 class SourceSettings:
-    """What may differ for one data source."""
-
     gate: Gate = setting(Gate, "hpt.gate under this source's own keys")
 
 
 @checked
 class ComposedTerm:
-    """A term on demonstrations."""
-
     kind: Literal["S", "R"] = setting(..., "S imitates, R reinforces")
     scale: float = setting(1.0, "its weight; or leave the term out", gt=0)
     estimator: str | dict[str, str] = setting(
@@ -186,8 +169,6 @@ class ComposedTerm:
 
 @checked
 class Compose:
-    """A method put together by hand."""
-
     rollouts: str | dict[str, str] | None = setting(
         "dr_grpo", "a method's name, or {mask, reference, advantage, likelihood}; null: no term on rollouts"
     )
@@ -214,8 +195,6 @@ Options = _constants_as(
 
 @checked
 class Settings:
-    """Node ``hpt``."""
-
     method: str = setting("hpt", "a row of `verl-hpt methods`")
     normalization: Normalization | None = setting(None, "how a row's tokens are weighted; null: the method's own")
     demo_coef: float | Schedule = setting(0.1, "λ, weight of SFT-shaped terms; see metric hpt/demo_to_rl_weight", ge=0)
@@ -264,7 +243,7 @@ def parse(node: Mapping | None) -> tuple[Settings | None, list[str]]:
     """As ``load``; or None, and the problems."""
     node = {} if node is None else node
     if isinstance(node, Mapping) and isinstance(node.get("per_source"), Mapping):
-        sources = {name: _over(node.get("gate", {}), source) for name, source in node["per_source"].items()}
+        sources = {str(name): _over(node.get("gate", {}), source) for name, source in node["per_source"].items()}
         node = {**node, "per_source": sources}
     return read(Settings, node, "hpt")
 
@@ -352,9 +331,14 @@ def _gate_problems(gate: Gate, method: Method | None) -> Iterator[str]:
         return
     if gate.function is None:
         return
-    first = ask(gate.function, unsolved)
+    try:
+        first = ask(gate.function, unsolved)
+        shares = first.on + first.off + first.sft
+    except Exception as error:  # code of the user's
+        yield f"hpt.gate.function={gate.function!r} fails where none of 1 is solved, kwargs={gate.kwargs!r}: {error!r}"
+        return
     terms = () if method is None else (first.off and method.term("R"), first.sft and method.term("S"))
-    if terms and (first.off or first.sft) and not first.on and not any(terms):
+    if terms and shares and not first.on and not any(terms):
         yield (
             f"hpt.gate.function={gate.function!r} gives an unsolved question a share of a term that method "
             f"{method.name!r} has not (off {first.off:g}: R, sft {first.sft:g}: S), and it would be dropped"

@@ -53,7 +53,7 @@ class Row(BaseModel):
     teacher_log_prob: LogProbs | None = None
     entropy: Numbers | None = None
     advantage: Numbers | None = None
-    token_weights: None = None
+    token_weights: None = Field(None, description="a demonstration's alone")
     other_log_prob: float | None = None
 
     @model_validator(mode="after")
@@ -162,11 +162,11 @@ def _misfits(questions: list[CaseQuestion], method: Method, settings: config.Set
     estimators = {"rollouts": [method.rollouts], "demos": [method.r_estimator, method.s_estimator]}
     needs = {kind: {name for e in found if e is not None for name in e.needs} for kind, found in estimators.items()}
     needs["rollouts"] |= {"advantage"} if method.uses_critic else set()
-    uids, missing = [question.uid for question in questions], {}
+    uids, missing = [question.uid if question.uid is None else str(question.uid) for question in questions], {}
     for i, question in enumerate(questions):
         if not question.rollouts and not question.demos:
             yield f"case.questions[{i}]: has neither rollouts nor demos"
-        if question.uid is not None and question.uid in uids[:i]:
+        if uids[i] is not None and uids[i] in uids[:i]:
             yield f"case.questions[{i}].uid={question.uid!r}: an earlier question has it too"
         metric = _metric(question, settings)
         wanted = {(kind, name): f"method {method.name!r} needs it" for kind, names in needs.items() for name in names}
