@@ -6,24 +6,22 @@ is gone or busy: an alarm with the system's default action ends it in the middle
 never run, and an address-space limit turns a memory blow-up into a MemoryError of this process alone.
 """
 
+import contextlib
 import re
 import sys
 
+_REASONS = {MemoryError: "out of memory", RecursionError: "nested too deeply"}
 _PERCENT = re.compile(r"(?<=[\d}])\s*\\?%")
 
 
 def _limit_memory(megabytes: int) -> None:
     """Bound the address space; platforms without the limit keep the time limit only."""
-    try:
+    with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
-    except ImportError:
-        return
-    size = megabytes * 2**20
-    try:
+
+        size = megabytes * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    except (ValueError, OSError):
-        return
 
 
 def grade(solution: str, truth: str) -> float:
@@ -70,17 +68,13 @@ def serve(memory_mb: int) -> None:
         last = False
         try:
             reply = {"score": grade(request["solution"], request["truth"])}
-        except MemoryError:
-            # What is left of this process is too tight to trust: answer, then make room for a new one.
-            reply, last = {"score": 0.0, "error": "out of memory"}, True
-        except RecursionError:
-            reply = {"score": 0.0, "error": "nested too deeply"}
         except Exception as error:
             # math-verify and SymPy raise whatever a hostile expression provokes; the name goes back to the caller.
-            reply = {"score": 0.0, "error": type(error).__name__}
+            why = next((text for kind, text in _REASONS.items() if isinstance(error, kind)), type(error).__name__)
+            reply, last = {"score": 0.0, "error": why}, isinstance(error, MemoryError)
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps(reply), file=replies, flush=True)
-        if last:
+        if last:  # what is left of this process is too tight to trust: make room for a new one
             return
 
 

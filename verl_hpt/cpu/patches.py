@@ -1,4 +1,4 @@
-"""What verl takes for granted on an accelerator and a CPU does not have. `verl_hpt.cpu` lists each patch and its end.
+"""What verl takes for granted on an accelerator and a CPU does not have. `verl_hpt.cpu` says why each patch is there.
 
 Everything is idempotent: Ray workers and vLLM's processes may come here more than once.
 """
@@ -80,21 +80,16 @@ class ViewedSharedMemory(shared_memory.SharedMemory):
 
 
 def tolerate_live_views(transfer) -> None:
-    """The weight receiver's tensors are views of the buffer on a CPU (`.to(device)` does not copy)."""
     transfer.shared_memory = types.SimpleNamespace(SharedMemory=ViewedSharedMemory)
 
 
 def poll_faster(replay_buffer) -> None:
-    """The poll interval is a keyword of the constructor that no setting reaches; 2 s is longer than a tiny step."""
-
     @_around(replay_buffer.ReplayBuffer, "__init__")
     def with_interval(init, self, *args, **kwargs):
         init(self, *args, **{"poll_interval": POLL_INTERVAL, **kwargs})
 
 
 def critic_without_flash_attention(model) -> None:
-    """verl loads a critic with flash attention 2, whatever the config says, and blames a missing trl where it fails."""
-
     @_around(model, "load_valuehead_model")
     def with_sdpa(load, *args, **kwargs):
         from transformers import AutoModelForTokenClassification as auto
@@ -108,5 +103,4 @@ def critic_without_flash_attention(model) -> None:
 
 
 def nothing_to_offload(engine) -> None:
-    """A reference model's parameters go to pinned memory, which needs an accelerator; here they are on the CPU."""
     engine.CPUOffloadPolicy = lambda pin_memory=True: None
