@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_hpt.errors import UserError
 from verl_hpt.host import contract, refusals
+from verl_hpt.host.batch import Group
 
 HOST = Path(contract.__file__).parent
 SETTINGS = [path for path, _ in contract.CONFIG]
@@ -138,13 +139,14 @@ def test_every_setting_of_verl_that_a_run_reads_is_in_the_table(monkeypatch, tok
     ):
         config = changed(*overrides)
         with monkeypatch.context() as patch:
-            patch.setattr(refusals, "refuse", lambda *_, **__: None)  # it looks through all of `actor`
+            patch.setattr(refusals, "_host", lambda config: ())  # these look through all of `actor`
+            patch.setattr(refusals, "_method", lambda *_: ())
             patch.setattr(DictConfig, "_get_node", recorded)
             run = Run(config, verl="0.9", kl_penalty=kl_penalty, has_reference=True, has_critic=True)
-            run.meet(tokenizer)
+            run.bind_tokenizer(tokenizer)
             run.plan_settings(1, 1), run.loss_spec(), run.question_fields(), run.length_limit(3)
             [run.log_prob_multiple(1, need) for need in ("old_log_prob", "ref_log_prob")]
-            run.skipped_rollouts(1, ["a"], [[]], ["x"], [4])
+            run.skipped_rollouts(1, [Group("", [0])], [4])
     read = {node._get_full_key(None) for node in nodes}
     read = {path for path in read if not path.startswith("hpt.")}
     assert len(read) > 25 and read <= set(SETTINGS), read - set(SETTINGS)
