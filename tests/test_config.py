@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from verl_hpt import config
-from verl_hpt.checked import checked, read, setting
 from verl_hpt.config import Schedule, load, resolve_method
-from verl_hpt.errors import UserError
+from verl_hpt.errors import UserError, checked, read, setting
 from verl_hpt.gate import Outcome, decide
 
 

@@ -7,9 +7,8 @@ import pytest
 from test_config import problems
 
 from verl_hpt import config, parts
-from verl_hpt.checked import read
 from verl_hpt.config import load, resolve_method
-from verl_hpt.errors import UserError
+from verl_hpt.errors import UserError, read
 from verl_hpt.estimator import Estimator, Method, Term
 from verl_hpt.gate import GATES, Decision
 from verl_hpt.methods import METHODS

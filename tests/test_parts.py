@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from verl_hpt import parts
-from verl_hpt.checked import read
+from verl_hpt.errors import read
 from verl_hpt.estimator import Estimator, Method, Term, evaluate
 from verl_hpt.gate import RL, GateSettings
 from verl_hpt.loss import LossSpec

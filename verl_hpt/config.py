@@ -15,9 +15,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from verl_hpt.checked import checked, nearest, read, setting
 from verl_hpt.demos.demonstration import COLUMNS
-from verl_hpt.errors import UserError, raise_all
+from verl_hpt.errors import UserError, checked, nearest, raise_all, read, setting
 from verl_hpt.estimator import Method, Term
 from verl_hpt.gate import GATES, GateSettings, Outcome, arguments, ask
 from verl_hpt.methods import METHODS, OFF_ZONE, estimator_of

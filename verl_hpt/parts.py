@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from verl_hpt.checked import checked, setting
+from verl_hpt.errors import checked, setting
 
 
 @checked

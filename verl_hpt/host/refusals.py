@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-from verl_hpt.checked import read, shown
 from verl_hpt.config import CLIPS, Clips, Settings, clips, find_method, gates, parse
-from verl_hpt.errors import raise_all
+from verl_hpt.errors import raise_all, read, shown
 from verl_hpt.estimator import Method
 
 ACTOR = "actor_rollout_ref.actor"

@@ -26,9 +26,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from verl_hpt import config
-from verl_hpt.checked import read
 from verl_hpt.demos.demonstration import relative
-from verl_hpt.errors import UserError, raise_all
+from verl_hpt.errors import UserError, raise_all, read
 from verl_hpt.estimator import Method, row_terms
 from verl_hpt.parts import ON_DEMAND, Constants, Tokens
 from verl_hpt.plan import DEMO, Plan, PlanSettings, Question, plan

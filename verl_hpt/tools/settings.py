@@ -3,8 +3,8 @@
 import argparse
 import json
 
-from verl_hpt.checked import rows
 from verl_hpt.config import Schedule, Settings
+from verl_hpt.errors import rows
 
 
 def main(argv: list[str]) -> int:
