@@ -136,7 +136,7 @@ def _sentences(errors: list[dict], schema: dict, root: str) -> Iterator[str]:
     inner = {steps[:i] for _, _, steps, *_ in placed for i in range(len(steps))}
     inner |= {steps for kind, _, steps, *_ in placed if not kind.endswith("_type")}
     done = set()
-    for kind, error, steps, there, beside in placed:
+    for kind, error, steps, of_value, beside in placed:
         value, lack = error["input"], kind == "missing"
         place = steps[:-1] if lack else steps
         if (place, lack) in done or (kind.endswith("_type") and steps in inner):
@@ -154,7 +154,7 @@ def _sentences(errors: list[dict], schema: dict, root: str) -> Iterator[str]:
         elif "[key]" in error["loc"]:
             yield f"{path}: its name must be text, got {type(value).__name__}"
         else:
-            yield f"{path}={shown(value)}: must be {_must(kind, value, there)}"
+            yield f"{path}={shown(value)}: must be {_must(kind, value, of_value)}"
 
 
 def _must(kind: str, value: Any, schema: dict) -> str:

@@ -228,13 +228,13 @@ def _by_source(questions: Sequence[Question], plan: Plan, solved) -> dict[str, f
         return {}
     metrics = {}
     for source in sources:
-        here = [i for i, q in enumerate(questions) if q.source == source]
-        metrics[f"hpt/source/{source}/demo_share"] = float(np.mean([not plan.decisions[i].on for i in here]))
-        metrics[f"hpt/source/{source}/solve_rate"] = float(np.mean([solved[i] for i in here]))
+        of_source = [i for i, q in enumerate(questions) if q.source == source]
+        metrics[f"hpt/source/{source}/demo_share"] = float(np.mean([not plan.decisions[i].on for i in of_source]))
+        metrics[f"hpt/source/{source}/solve_rate"] = float(np.mean([solved[i] for i in of_source]))
     return metrics
 
 
 def _mean_weight(weights: np.ndarray, tokens: np.ndarray) -> float:
     """Mean weight of a token among the rows that have one."""
-    here = weights != 0
-    return float(np.dot(weights[here], tokens[here]) / tokens[here].sum()) if here.any() else 0.0
+    weighted = weights != 0
+    return float(np.dot(weights, tokens) / tokens[weighted].sum()) if weighted.any() else 0.0

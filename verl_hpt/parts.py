@@ -91,8 +91,8 @@ class Tokens:
         """
         log_prob = torch.as_tensor(log_prob, dtype=torch.float64)
 
-        def column(given) -> Tensor:
-            numbers = torch.as_tensor(given, dtype=log_prob.dtype)
+        def column(value) -> Tensor:
+            numbers = torch.as_tensor(value, dtype=log_prob.dtype)
             return numbers if numbers.ndim else numbers.expand(len(log_prob), 1)
 
         columns = {"advantage": advantage, "reward": reward, **dict.fromkeys(ON_DEMAND, log_prob), **columns}
@@ -101,7 +101,7 @@ class Tokens:
             mask=torch.ones_like(log_prob, dtype=torch.bool),
             correct=torch.full((len(log_prob), 1), bool(correct)),
             constants=constants or Constants(),
-            **{name: None if given is None else column(given) for name, given in columns.items()},
+            **{name: None if value is None else column(value) for name, value in columns.items()},
         )
 
     def ones(self) -> Tensor:

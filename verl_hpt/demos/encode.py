@@ -70,12 +70,12 @@ def end_of_answers(tokenizer: Any, model_path: str, eos: int | None = None) -> t
     Rollouts stop at the tokenizer's EOS and at the ids of the model's own generation config. eos: `hpt.demo.eos`, None
     for the tokenizer's. Raises `UserError` where there is no id to end with.
     """
-    own = tokenizer.eos_token_id
-    if own is None and eos is None:
+    default = tokenizer.eos_token_id
+    if default is None and eos is None:
         raise UserError("the tokenizer has no EOS token; set hpt.demo.eos (`data`: --eos) to the id of an answer's end")
-    eos, stops = own if eos is None else eos, stop_ids(model_path) | ({own} - {None})
-    named = f"demonstrations would end with token {eos} (hpt.demo.eos), but generation stops at {sorted(stops)}"
-    return int(eos), stops, None if eos in stops else f"{named}; set it to one of these"
+    eos, stops = default if eos is None else eos, stop_ids(model_path) | ({default} - {None})
+    problem = f"demonstrations would end with token {eos} (hpt.demo.eos), but generation stops at {sorted(stops)}"
+    return int(eos), stops, None if eos in stops else f"{problem}; set it to one of these"
 
 
 def stop_ids(model_path: str) -> set[int]:
@@ -213,8 +213,8 @@ def _encode_turns(
             if call["function"]["name"] not in whole[len(before) : end]:
                 name = call["function"]["name"]
                 raise Unusable("template", f"it leaves out the call of tool {name!r} in turn {i + 1}")
-        said = finish(_tokens(whole[len(before) : end], tokenizer, max_length), eos_id, None)
-        ids, mask = ids + said, mask + [1] * len(said)
+        spoken = finish(_tokens(whole[len(before) : end], tokenizer, max_length), eos_id, None)
+        ids, mask = ids + spoken, mask + [1] * len(spoken)
         at = end + len(eos)
         if max_length is not None and len(ids) > max_length:
             raise Unusable("too_long", f"more than {max_length} tokens at turn {i + 1}")

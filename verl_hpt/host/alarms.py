@@ -90,7 +90,7 @@ class Alarms:
     def __init__(self, scheduled: Callable[[int], bool] = lambda step: False):
         self.scheduled = scheduled
         self.held = dict.fromkeys(ALARMS, 0)
-        self.said: set[str] = set()
+        self.announced: set[str] = set()
         self.first: dict[str, list[float]] = {"length": [], "entropy": []}
         self.best: dict[str, tuple[float, float]] = {}  # source -> (largest score, gate.success)
 
@@ -99,8 +99,8 @@ class Alarms:
         holds = self._holds(step, metrics)
         for name, (patience, says, remedy) in ALARMS.items():
             self.held[name] = self.held[name] + 1 if holds[name] else 0
-            if self.held[name] >= patience and name not in self.said:
-                self.said.add(name)
+            if self.held[name] >= patience and name not in self.announced:
+                self.announced.add(name)
                 detail = self._unsolved() if name == "never_solved" else f"{patience} steps in a row"
                 logger.warning("alarm %s at step %d: %s (%s). To mend it, %s", name, step, says, detail, remedy)
         streak = {"hpt/all_demo_streak": float(self.held["all_demos"])}
@@ -157,7 +157,7 @@ class Alarms:
     def save(self, folder: str) -> None:
         """Write what later steps are judged by into a checkpoint's folder."""
         os.makedirs(folder, exist_ok=True)
-        state = {"held": self.held, "said": sorted(self.said), "first": self.first, "best": self.best}
+        state = {"held": self.held, "said": sorted(self.announced), "first": self.first, "best": self.best}
         with open(os.path.join(folder, FILE), "w", encoding="utf-8") as file:
             json.dump(state, file)
 
@@ -174,7 +174,7 @@ class Alarms:
             with open(path, encoding="utf-8") as file:
                 state = json.load(file)
             self.held = {name: int(state["held"].get(name, 0)) for name in ALARMS}
-            self.said = set(state["said"])
+            self.announced = set(state["said"])
             self.first = {name: [float(x) for x in state["first"][name]] for name in self.first}
             self.best = {source: (float(best), float(success)) for source, (best, success) in state["best"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -198,16 +198,16 @@ class HybridMixin:
 
     def _gate_metric(self, batch, groups: list[Group], scores: np.ndarray) -> np.ndarray | None:
         """``hpt.gate.metric`` of each row, from its reward function's extra info; None where no gate reads one."""
-        named = [(group, row, self.hpt.metric_of(group.source)) for group in groups for row in group.rows]
-        named = [one for one in named if one[2] is not None]
-        if not named:
+        wanted = [(group, row, self.hpt.metric_of(group.source)) for group in groups for row in group.rows]
+        wanted = [one for one in wanted if one[2] is not None]
+        if not wanted:
             return None
-        keys = [batch.keys[row] for _, row, _ in named]
-        names = {"extra_fields", *(name for _, _, name in named)} & queue.fields_of(keys, batch.partition_id)
+        keys = [batch.keys[row] for _, row, _ in wanted]
+        names = {"extra_fields", *(name for _, _, name in wanted)} & queue.fields_of(keys, batch.partition_id)
         data = queue.read(keys, batch.partition_id, sorted(names))
         columns = {name: list(data[name]) for name in names}
         numbers = scores.copy()
-        for i, (group, row, name) in enumerate(named):
+        for i, (group, row, name) in enumerate(wanted):
             info = {key: values[i] for key, values in columns.items() if key != "extra_fields"}
             if "extra_fields" in columns:
                 info |= plain(columns["extra_fields"][i]).get("reward_extra_info") or {}

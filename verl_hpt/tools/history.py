@@ -64,11 +64,11 @@ def main(argv: list[str]) -> int:
     rows = []
     if options.which is not None:
         listed = sorted(history.listing(options.which).items(), key=lambda item: -item[1].drawn_at)
-        named: dict[str, str] = {}
+        texts: dict[str, str] = {}
         for file in options.data:
-            named |= names(file, options.prompt_key, history)
+            texts |= names(file, options.prompt_key, history)
         for key, record in listed[: options.limit or None]:
-            question = {"question": named.get(key, "not in the data given")} if named else {}
+            question = {"question": texts.get(key, "not in the data given")} if texts else {}
             rows.append({"key": key, **{name: getattr(record, name) for name in SHOWN}, **question})
         result["listed"], result[options.which + "_questions"] = len(rows), rows
     if options.json:

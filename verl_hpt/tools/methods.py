@@ -46,8 +46,8 @@ def formulas(method: Method) -> tuple[str, str]:
         return on_rollouts, on_demos
     if method.formula:
         return (method.formula, "–") if not method.demos else ("–", method.formula)
-    named = [f"{term.kind}: {term.scale:g}·[{_parts(term.estimator)}]" for term in method.demos]
-    return _parts(method.rollouts) if method.rollouts is not None else "–", " and ".join(named) or "–"
+    terms = [f"{term.kind}: {term.scale:g}·[{_parts(term.estimator)}]" for term in method.demos]
+    return _parts(method.rollouts) if method.rollouts is not None else "–", " and ".join(terms) or "–"
 
 
 def _parts(estimator: Estimator) -> str:
