@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 from verl.utils.tensordict_utils import get_tensordict
 
+from verl_hpt import gate
 from verl_hpt.errors import UserError
-from verl_hpt.history import FILE, LISTINGS, Draw, History, Record, identity
+from verl_hpt.history import FILE, LISTINGS, Draw, History, Past, Record, identity
 
 # --- which question it is ---------------------------------------------------------------------------------------------
 
@@ -354,3 +355,7 @@ def test_history_is_small_and_a_steps_look_ups_are_quick():
         history.observe(2000, [Draw(key, 0, 8, (0,), False) for key in asked])
         seconds.append(time.thread_time() - start)
     assert min(seconds) < 0.01, seconds
+
+
+def test_a_gate_reads_the_same_numbers_of_a_question_that_was_never_drawn():
+    assert Record().numbers() == gate.NEVER_DRAWN == Past().numbers

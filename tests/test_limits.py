@@ -7,8 +7,9 @@ import torch
 from reference.cases import random_case
 from test_methods import our_gradients, ours
 
+from verl_hpt.config import estimator_of
 from verl_hpt.estimator import coefficient
-from verl_hpt.methods import METHODS, estimator_of
+from verl_hpt.methods import METHODS
 from verl_hpt.parts import Constants, Tokens
 from verl_hpt.tools.explain import explain
 

@@ -66,7 +66,8 @@ def squared(tokens: Tokens):
         (
             "methods.py",
             '    Method("dft", None',
-            """    Method("squared", _DR_GRPO, (Term("S", Estimator(parts.everywhere, parts.one, parts.unit, parts.squared)),),
+            """    Method("squared", _DR_GRPO,
+           (Term("S", Estimator(parts.everywhere, parts.one, parts.unit, parts.squared)),),
            when="gate", source="this test", formula="1_clip·r·(R−mean) / S: p²"),
 """,
         ),

@@ -17,11 +17,11 @@ import numpy as np
 
 from verl_hpt.demos.demonstration import COLUMNS
 from verl_hpt.errors import UserError, checked, nearest, raise_all, read, setting
-from verl_hpt.estimator import Method, Term
+from verl_hpt.estimator import Estimator, Method, Term
 from verl_hpt.gate import GATES, GateSettings, Outcome, arguments, ask
-from verl_hpt.methods import METHODS, OFF_ZONE, estimator_of
+from verl_hpt.methods import METHODS, OFF_ZONE
 from verl_hpt.normalize import NORMALIZATIONS
-from verl_hpt.parts import Constants
+from verl_hpt.parts import KINDS, PARTS, Constants
 
 Normalization = Literal[NORMALIZATIONS]
 
@@ -354,6 +354,27 @@ def clips(actor: Mapping) -> dict[str, Any]:
 def constants(settings: Settings, **clip: float) -> Constants:
     """Numbers of the methods: clip range as of ``clips``, the rest from ``hpt.options``."""
     return Constants(**vars(settings.options), **clip)
+
+
+def estimator_of(description: Mapping[str, str] | str, where: str) -> Estimator:
+    """An estimator from a config: a method's name (its rollouts' estimator), or part names by kind.
+
+    Raises:
+        ValueError: an unknown kind or name; the message names the place and the choices.
+    """
+    if isinstance(description, str):
+        method = METHODS.get(description)
+        if method is None or not method.estimators():
+            raise ValueError(f"{where}: unknown estimator {description!r}; one of {', '.join(METHODS)}")
+        return method.estimators()[0]
+    chosen = {}
+    for kind, name in description.items():
+        if kind not in KINDS:
+            raise ValueError(f"{where}: unknown part kind {kind!r}; one of {', '.join(KINDS)}")
+        if name not in PARTS[kind]:
+            raise ValueError(f"{where}.{kind}: unknown {kind} {name!r}; one of {', '.join(PARTS[kind])}")
+        chosen[kind] = PARTS[kind][name]
+    return Estimator(**chosen)
 
 
 def _composed(compose: Compose) -> Method:

@@ -76,10 +76,9 @@ OWN = Decision("own", 0.0, 0.0, 1.0)  # imitates its own correct rollout
 NOTHING = Decision("none", 0.0, 0.0, 0.0)
 
 
-# What is remembered of a question that was never drawn.
-NEVER_DRAWN = dict.fromkeys(
-    ("solved", "rollouts", "drawn", "failures", "uses", "drawn_at", "taught_at", "graduated"), 0
-)
+# What is remembered of a question that was never drawn; the names are those of ``history.Record``.
+_NUMBERS = ("solved", "rollouts", "drawn", "failures", "uses", "drawn_at", "taught_at", "graduated")
+NEVER_DRAWN = dict.fromkeys(_NUMBERS, 0)
 
 
 @dataclass(frozen=True)
@@ -156,16 +155,9 @@ def cosine(outcome: Outcome) -> Decision:
 
 
 def solved(scores: np.ndarray, success: float, cut: np.ndarray | None = None) -> np.ndarray:
-    """Which rollouts count as solved: score ≥ success, and not cut. The only place that compares the two.
+    """Which scores count as solved: at least success, and not cut. The only place that compares the two. -> (n,) bool
 
     Both are taken as float32, the type in which verl keeps scores: as float64 a score of 0.9 lies below 0.9.
-
-    Args:
-        scores: (n,) verifier's scores, or the numbers of ``hpt.gate.metric``.
-        cut: (n,) bool, rollouts that never count; None: all count.
-
-    Returns:
-        (n,) bool
     """
     reached = np.asarray(scores, dtype=np.float32) >= np.float32(success)
     return reached if cut is None else reached & ~cut

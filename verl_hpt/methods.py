@@ -6,11 +6,8 @@ normalisation. A method of your own is one ``register_method(Method(...))`` in a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from verl_hpt import parts
 from verl_hpt.estimator import Estimator, Method, Term
-from verl_hpt.parts import KINDS, PARTS
 
 _PPO = Estimator(mask=parts.ppo_clip, reference=parts.old)
 _DR_GRPO = _PPO
@@ -106,24 +103,3 @@ _DEMO_METHODS = (
 
 for _method in (*_ROLLOUT_METHODS, *_DEMO_METHODS):
     register_method(_method)
-
-
-def estimator_of(description: Mapping[str, str] | str, where: str) -> Estimator:
-    """An estimator from a config: a method's name (its rollouts' estimator), or part names by kind.
-
-    Raises:
-        ValueError: an unknown kind or name; the message names the place and the choices.
-    """
-    if isinstance(description, str):
-        method = METHODS.get(description)
-        if method is None or not method.estimators():
-            raise ValueError(f"{where}: unknown estimator {description!r}; one of {', '.join(METHODS)}")
-        return method.estimators()[0]
-    chosen = {}
-    for kind, name in description.items():
-        if kind not in KINDS:
-            raise ValueError(f"{where}: unknown part kind {kind!r}; one of {', '.join(KINDS)}")
-        if name not in PARTS[kind]:
-            raise ValueError(f"{where}.{kind}: unknown {kind} {name!r}; one of {', '.join(PARTS[kind])}")
-        chosen[kind] = PARTS[kind][name]
-    return Estimator(**chosen)

@@ -82,28 +82,6 @@ class Tokens:
     constants: Constants = field(default_factory=Constants)
     _ratio: Tensor | None = field(default=None, init=False, repr=False)
 
-    @classmethod
-    def on_paper(cls, log_prob, *, advantage, reward, correct, constants: Constants | None = None, **columns) -> Tokens:
-        """Rows that no model made, float64, every token their author's.
-
-        log_prob: (rows, response_len). advantage, reward and columns: one number, or numbers of a shape that goes with
-        log_prob's; correct: a bool. A column of ``ON_DEMAND`` that is not given is log π_θ; None: there is none.
-        """
-        log_prob = torch.as_tensor(log_prob, dtype=torch.float64)
-
-        def column(value) -> Tensor:
-            numbers = torch.as_tensor(value, dtype=log_prob.dtype)
-            return numbers if numbers.ndim else numbers.expand(len(log_prob), 1)
-
-        columns = {"advantage": advantage, "reward": reward, **dict.fromkeys(ON_DEMAND, log_prob), **columns}
-        return cls(
-            log_prob=log_prob,
-            mask=torch.ones_like(log_prob, dtype=torch.bool),
-            correct=torch.full((len(log_prob), 1), bool(correct)),
-            constants=constants or Constants(),
-            **{name: None if value is None else column(value) for name, value in columns.items()},
-        )
-
     def ones(self) -> Tensor:
         """1 on every token, one number in memory; not to be written to."""
         return self.log_prob.new_ones(()).expand_as(self.log_prob)

@@ -230,7 +230,7 @@ def _tokens(row: Row, result: Plan, i: int, method: Method, constants: Constants
     # What only the other kind of row needs, and has, is not given: computed on both, used on that one.
     columns = {name: getattr(row, name) for name in OF_TOKENS}
     columns = {name: values and [values] for name, values in columns.items() if values or name not in method.needs}
-    return Tokens.on_paper(
+    return on_paper(
         [row.log_prob],
         advantage=[row.advantage] if method.uses_critic and row.advantage else np.nan_to_num(result.advantage[i]),
         reward=result.reward[i],
@@ -238,6 +238,28 @@ def _tokens(row: Row, result: Plan, i: int, method: Method, constants: Constants
         other_log_prob=row.other_log_prob or 0.0,
         constants=constants,
         **columns,
+    )
+
+
+def on_paper(log_prob, *, advantage, reward, correct, constants: Constants | None = None, **columns) -> Tokens:
+    """Rows that no model made, float64, every token their author's.
+
+    log_prob: (rows, response_len). advantage, reward and columns: one number, or numbers of a shape that goes with
+    log_prob's; correct: a bool. A column of ``ON_DEMAND`` that is not among them is log π_θ; None: there is none.
+    """
+    log_prob = torch.as_tensor(log_prob, dtype=torch.float64)
+
+    def column(value) -> torch.Tensor:
+        numbers = torch.as_tensor(value, dtype=log_prob.dtype)
+        return numbers if numbers.ndim else numbers.expand(len(log_prob), 1)
+
+    columns = {"advantage": advantage, "reward": reward, **dict.fromkeys(ON_DEMAND, log_prob), **columns}
+    return Tokens(
+        log_prob=log_prob,
+        mask=torch.ones_like(log_prob, dtype=torch.bool),
+        correct=torch.full((len(log_prob), 1), bool(correct)),
+        constants=constants or Constants(),
+        **{name: None if value is None else column(value) for name, value in columns.items()},
     )
 
 

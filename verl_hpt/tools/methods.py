@@ -19,8 +19,8 @@ import torch
 from verl_hpt.errors import UserError
 from verl_hpt.estimator import Estimator, Method, row_terms
 from verl_hpt.methods import METHODS
-from verl_hpt.parts import Tokens
 from verl_hpt.tools import show
+from verl_hpt.tools.explain import on_paper
 
 WIDTH = 120
 ON_ROLLOUTS = {"method": 10, "w": 74, "own": 8, "source (arXiv)": 22}
@@ -146,7 +146,7 @@ def rollout_curves(methods: list[Method], correct: bool) -> list[Curve]:
 def _terms(method: Method, estimator: Estimator, log_prob, old_log_prob, *, is_demo: bool, correct: bool):
     """``row_terms`` of rows of one token, a row for each point of the grid. log_prob, old_log_prob: (points,)"""
     over_group = estimator.advantage.over_group
-    tokens = Tokens.on_paper(
+    tokens = on_paper(
         log_prob[:, None],
         advantage=0.0 if over_group is None else over_group(np.eye(GROUP)[0])[0 if correct else 1],
         reward=float(correct),
