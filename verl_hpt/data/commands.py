@@ -12,6 +12,15 @@ from verl_hpt.errors import UserError
 # Numbers by option: the least that makes sense.
 _LEAST = {"limit": 1, "repeat": 1, "max_response_length": 1, "max_prompt_length": 1, "model_rows": 1, "show": 0}
 
+_COLUMNS = (  # option, field of DemoColumns, what it holds
+    ("--demo-reward-key", "reward", "each demonstration's own reward"),
+    ("--teacher-log-prob-key", "teacher_log_prob", "a teacher's log-prob for each token"),
+    ("--token-weights-key", "token_weights", "a weight for each token"),
+    ("--log-likelihood-key", "log_likelihood", "each demonstration's mean log-likelihood"),
+    ("--other-log-prob-key", "other_log_prob", "the same under other models, as method poft reads"),
+    ("--demo-source-key", "source", "each demonstration's own source"),
+)
+
 
 def add_convert(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -70,12 +79,8 @@ def add_check(parser: argparse.ArgumentParser) -> None:
     add("--model-rows", type=int, default=64, help="of so many demonstrations")
     add("--prompt-key", help="default: prompt")
     add("--demo-key", help="default: target")
-    add("--demo-reward-key", help="column with each demonstration's own reward")
-    add("--teacher-log-prob-key", help="column with a teacher's log-prob for each token")
-    add("--token-weights-key", help="column with a weight for each token")
-    add("--log-likelihood-key", help="column with each demonstration's mean log-likelihood")
-    add("--other-log-prob-key", help="column with the same under other models, as method poft reads")
-    add("--demo-source-key", help="column with each demonstration's own source")
+    for option, column, what in _COLUMNS:
+        add(option, dest=f"{column}_column", help=f"column with {what}")
     add("--answer-key", help="field of the expected answer, for files not yet converted")
     _add_rendering(parser)
     add("--success", type=float, default=1.0, help="reward that counts as solved, as hpt.gate.success")

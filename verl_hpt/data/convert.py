@@ -18,9 +18,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from verl_hpt.data.formats import FORMATS, JSON_FIELDS, Layout, Row, detect, encodable, opened, read
+from tqdm import tqdm
+
+from verl_hpt.data.formats import FORMATS, JSON_FIELDS, Layout, detect, encodable, opened, read
 from verl_hpt.data.questions import question_text
-from verl_hpt.data.read import BadRow, count_rows, read_rows
+from verl_hpt.data.read import BadRow, Row, Skip, count_rows, read_rows
 from verl_hpt.data.write import Writer, groups, schema_of
 from verl_hpt.demos.encode import plain
 from verl_hpt.demos.select import stable_hash
@@ -141,7 +143,7 @@ class Log:
     skipping: bool
     layouts: dict[str, Layout] = field(default_factory=dict)  # by file
     fields: dict[str, dict[str, None]] = field(default_factory=dict)  # by file, in order
-    parsed: set[tuple[str, str]] = field(default_factory=set)  # file and field that held JSON text
+    parsed: dict[str, set[str]] = field(default_factory=dict)  # by file: fields that held JSON text
     named: set[str] = field(default_factory=set)  # names of --drop and --as-text that a row had
     bad: Counter = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
@@ -174,17 +176,20 @@ def run(args: argparse.Namespace) -> int:
     if len({os.path.realpath(p) for p in (*args.inputs, *outputs)}) != len(args.inputs) + len(outputs):
         raise UserError("inputs, OUT and --val must be different files, and none an output's name with .part after it")
     log = Log(args.skip_bad)
-    first_pass = groups(_rows(args, log, log.skip), lambda made: made.values)
-    schema = schema_of(([_with_index(made.values) for made in group] for group in first_pass), args.several)
+    rows = itertools.islice(_rows(args, log, log.skip), args.limit)
+    batches = ([_with_index(made.values) for made in group] for group in groups(rows, lambda made: made.values))
+    schema = schema_of(batches, args.several)
     for option, names in (("--drop", args.drop), ("--as-text", args.as_text)):
-        for name in names:
-            if name not in log.named:
-                known = _listed([*dict.fromkeys(field for fields in log.fields.values() for field in fields)])
-                raise UserError(f"{option} {name}: no row has such a field; they have {known}")
-    if schema is None:
-        raise _nothing(log)
-    counts, sources, demos = _write(args, _rows(args, log, lambda bad: None), schema, log)
-    log.print_skipped()
+        if missing := [name for name in names if name not in log.named]:
+            known = _listed([*{name: None for names in log.fields.values() for name in names}])
+            raise UserError(f"{option} {missing[0]}: no row has such a field; they have {known}")
+    try:
+        rows = itertools.islice(_rows(args, log, lambda bad: None), args.limit)
+        counts, sources, demos = _write(args, rows, schema, log) if schema is not None else ({}, {}, {})
+    finally:
+        log.print_skipped()
+    if not sources:
+        raise UserError("no row was written: all are bad" if log.bad else "no rows to write")
     print(f"{args.out}: {counts['train']} rows" + (f"; {args.val}: {counts['val']} rows" if args.val else ""))
     print(f"{demos.total()} demonstrations; {counts['without']} questions without one")
     print("data_source: " + ", ".join(f"{name} {n}" for name, n in sources.most_common(20)))
@@ -234,48 +239,45 @@ def _write(args: argparse.Namespace, rows: Iterator[Made], schema, log: Log) -> 
                     counts["without"] += not count
                     sources[made.values["data_source"]] += 1
         if not sources:
-            raise _nothing(log)
+            stack.pop_all().__exit__(UserError, None, None)  # no file for no rows
     return counts, sources, demos
 
 
-def _nothing(log: Log) -> UserError:
-    log.print_skipped()
-    return UserError("no row was written: all are bad" if log.bad else "no rows to write")
-
-
-def _rows(args: argparse.Namespace, log: Log, skip) -> Iterator[Made]:
-    """The inputs' rows, converted, --limit of them; bad ones go to `skip`."""
-    return itertools.islice(_all_rows(args, log, skip), args.limit)
-
-
-def _all_rows(args: argparse.Namespace, log: Log, skip) -> Iterator[Made]:
-    from tqdm import tqdm
-
+def _rows(args: argparse.Namespace, log: Log, skip: Skip) -> Iterator[Made]:
+    """The inputs' rows, converted; bad ones go to `skip`."""
     options = Options(**{f.name: getattr(args, f.name) for f in fields(Options)})
     known = JSON_FIELDS | {key for key in (args.prompt_key, args.demo_key) if key}
     for source in args.inputs:
-        names = log.fields.setdefault(source, {})
-        rows = read_rows(source, skip)
-        for number, values in tqdm(rows, total=count_rows(source), unit=" rows", desc=Path(source).name, disable=None):
+        names, total, name = log.fields.setdefault(source, {}), count_rows(source), Path(source).name
+        for row in tqdm(read_rows(source, skip), total=total, unit=" rows", desc=name, disable=None):
             if len(names) < _NAMES:
-                names.update(dict.fromkeys(values))
-            values, parsed = opened(values, known)
-            for name in sorted({(source, name) for name in parsed} - log.parsed):
-                print(f"{source}: `{name[1]}` holds its messages or fields as JSON text: parsed")
-                log.parsed.add(name)
-            row = Row(source, number, values)
+                names.update(dict.fromkeys(row.values))
+            values, parsed = opened(row.values, known)
+            for name in sorted({*parsed} - log.parsed.setdefault(source, set())):
+                print(f"{source}: `{name}` holds its messages or fields as JSON text: parsed")
+                log.parsed[source].add(name)
+            row = row._replace(values=values)
             try:
                 _edit(args, row, log.named)
-                if source not in log.layouts:
-                    log.layouts[source] = _layout(args, row)
-                    print(f"{source}: {log.layouts[source]}")
-                layout = log.layouts[source]
+                layout = log.layouts.get(source) or _layout(args, row)
+                log.layouts[source] = layout
                 made = to_verl(row, layout, options)
                 carry(made, row, layout, options)
             except BadRow as bad:
                 skip(bad)
                 continue
             yield Made(made, row, layout)
+
+
+def _layout(args: argparse.Namespace, row: Row) -> Layout:
+    layout = detect(row, args.prompt_key, args.demo_key, args.answer_key)
+    if args.format not in ("auto", layout.format):
+        raise UserError(
+            f"{row.file}: --format {args.format}, but its fields ({row.fields()}) are those of `{layout.format}`; "
+            "leave --format out, or name the fields: --prompt-key, --demo-key, --answer-key"
+        )
+    print(f"{row.file}: {layout}")
+    return layout
 
 
 def _edit(args: argparse.Namespace, row: Row, named: set[str]) -> None:
@@ -303,16 +305,6 @@ def _holders(value: Any, path: str) -> list[tuple[dict, str]]:
         return [(value, path)] if isinstance(value, dict) else []
     name, _, rest = path.partition(".")
     return _holders(value.get(name), rest) if rest else []
-
-
-def _layout(args: argparse.Namespace, row: Row) -> Layout:
-    layout = detect(row, args.prompt_key, args.demo_key, args.answer_key)
-    if args.format not in ("auto", layout.format):
-        raise UserError(
-            f"{row.file}: --format {args.format}, but its fields ({row.names()}) are those of `{layout.format}`; "
-            "leave --format out, or name the fields: --prompt-key, --demo-key, --answer-key"
-        )
-    return layout
 
 
 def in_validation(prompt: Any, share: float, seed: int) -> bool:

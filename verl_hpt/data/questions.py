@@ -3,8 +3,8 @@
 import itertools
 from typing import Any
 
-from verl_hpt.data.formats import Layout, Row, detect, encodable, opened
-from verl_hpt.data.read import BadRow, read_rows
+from verl_hpt.data.formats import Layout, detect, encodable, opened
+from verl_hpt.data.read import Row, read_rows
 from verl_hpt.data.report import Result
 from verl_hpt.demos.encode import plain
 from verl_hpt.demos.select import stable_hash
@@ -19,8 +19,8 @@ def question_text(prompt: Any) -> str:
     return " ".join(str(prompt).casefold().split())
 
 
-def check_form(row: Row, prompt_key: str) -> None:
-    """Raise `BadRow` for a row that is not what verl's dataset and reward loop read."""
+def check_form(row: Row, prompt_key: str) -> list[dict]:
+    """The prompt; raises `BadRow` for a row that is not what verl's dataset and reward loop read."""
     prompt, values = plain(row.values.get(prompt_key)), row.values
     if not isinstance(prompt, list) or not prompt:
         raise row.bad(
@@ -50,6 +50,7 @@ def check_form(row: Row, prompt_key: str) -> None:
         raise row.bad("reward_model.ground_truth", f"the expected answer is missing, got {truth!r}")
     if isinstance(truth, str):
         encodable(row, "reward_model.ground_truth", truth)
+    return prompt
 
 
 class Questions:
@@ -63,46 +64,44 @@ class Questions:
         self.whole: dict[int, int] = {}  # hash of the whole text → row
         self.frame: tuple[str, str] | None = None
 
-    def check(self, result: Result, batch: list[tuple[int, dict]]) -> None:
+    def check(self, result: Result, batch: list[Row]) -> None:
         """Count the batch's duplicates, and duplicates that expect another answer."""
-        texts = [question_text(row["prompt"]) for _, row in batch]
+        texts = [question_text(row.values["prompt"]) for row in batch]
         if self.frame is None:
             self.frame = shared_frame(texts)
-        for (number, row), text in zip(batch, texts, strict=True):
+        for row, text in zip(batch, texts, strict=True):
             key = stable_hash(unframed(text, self.frame))
-            truth = str(plain(row["reward_model"].get("ground_truth"))).strip()
-            self.whole.setdefault(stable_hash(text), number)
-            first, expected = self.known.setdefault(key, (number, truth))
-            if first == number:
+            truth = str(plain(row.get("reward_model.ground_truth"))).strip()
+            self.whole.setdefault(stable_hash(text), row.number)
+            first, expected = self.known.setdefault(key, (row.number, truth))
+            if first == row.number:
                 continue
-            result.found("duplicate", number, "prompt", f"same question as row {first}")
+            result.found("duplicate", row.number, "prompt", f"same question as row {first}")
             if truth != expected:
                 detail = f"expects {truth[:60]!r}, row {first} expects {expected[:60]!r}"
-                result.found("contradiction", number, "reward_model.ground_truth", detail)
+                result.found("contradiction", row.number, "reward_model.ground_truth", detail)
 
     def check_leak(self, result: Result, path: str, prompt_key: str) -> None:
         """Count questions of a validation file that are in the checked file too, whatever the form of either."""
-        layout, frame = None, None
-        rows = read_rows(path)
+        layout, frame, rows = None, None, read_rows(path)
         while batch := list(itertools.islice(rows, 1000)):
             if layout is None:
-                number, row = batch[0]
-                chat = isinstance(plain(row.get(prompt_key)), list)
-                layout = Layout(prompt_key, None, None) if chat else detect(Row(path, number, row))
+                is_chat = isinstance(plain(batch[0].values.get(prompt_key)), list)
+                layout = Layout(prompt_key, None, None) if is_chat else detect(batch[0])
             texts = []
-            for number, row in batch:
-                prompt = plain(opened(row, {layout.prompt})[0].get(layout.prompt))
+            for row in batch:
+                prompt = plain(opened(row.values, {layout.prompt})[0].get(layout.prompt))
                 if not isinstance(prompt, str | list) or not prompt:
-                    raise BadRow(path, number, str(layout.prompt), f"must hold a question, got {prompt!r}"[:200])
+                    raise row.bad(str(layout.prompt), f"must hold a question, got {prompt!r}"[:200])
                 if layout.format == "messages":
                     prompt = prompt[: 1 + max((i for i, m in enumerate(prompt) if asks(m)), default=-1)]
                 if isinstance(prompt, str) and isinstance(row.get(layout.context), str):
-                    prompt = f"{prompt}\n\n{row[layout.context]}"
+                    prompt = f"{prompt}\n\n{row.get(layout.context)}"
                 texts.append(question_text(prompt))
             frame = frame or shared_frame(texts)
-            for (number, _), text in zip(batch, texts, strict=True):
+            for row, text in zip(batch, texts, strict=True):
                 if (trained := self._row_of(text, frame)) is not None:
-                    result.found("leak", trained, "prompt", f"row {number} of {path} asks the same")
+                    result.found("leak", trained, "prompt", f"row {row.number} of {path} asks the same")
 
     def _row_of(self, text: str, frame: tuple[str, str]) -> int | None:
         """The row that asks the same, with or without what all prompts of either file begin and end with."""

@@ -11,7 +11,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,6 +35,27 @@ class BadRow(UserError):
         self.file, self.row, self.field, self.problem = str(file), row, field, problem
 
 
+class Row(NamedTuple):
+    """A row of a file; number from 1, the line of a JSONL file."""
+
+    file: str
+    number: int
+    values: dict[str, Any]
+
+    def bad(self, field: str, problem: str) -> BadRow:
+        return BadRow(self.file, self.number, field, problem)
+
+    def fields(self) -> str:
+        return ", ".join(f"`{name}`" for name in self.values) or "no fields"
+
+    def get(self, path: str | None) -> Any:
+        """The value at `a` or `a.b`, None where a part is missing."""
+        value = self.values
+        for part in (path or "").split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+
 Skip = Callable[[BadRow], None]  # what to do with a row that cannot be read: count it, or raise
 
 
@@ -42,8 +63,8 @@ def stop(bad: BadRow) -> None:
     raise bad
 
 
-def read_rows(source: str, skip: Skip = stop) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row number from 1, row) of a file, or of a dataset `owner/name[@config][:split]`; raises `BadRow`.
+def read_rows(source: str, skip: Skip = stop) -> Iterator[Row]:
+    """The rows of a file, or of a dataset `owner/name[@config][:split]`; raises `BadRow`.
 
     A row that cannot be read goes to `skip`, and reading goes on; not so where nobody could tell how many rows the
     damage took.
@@ -65,9 +86,9 @@ def read_rows(source: str, skip: Skip = stop) -> Iterator[tuple[int, dict[str, A
         found = True
         skip(bad)
 
-    for number, row in reader(source, bad_row):
+    for number, values in reader(source, bad_row):
         found = True
-        yield number, row
+        yield Row(source, number, values)
     if not found:
         raise BadRow(source, 0, "(file)", "has no rows")
 
