@@ -22,6 +22,7 @@ MAX_ROW_BYTES = 64 * 2**20  # one row of text; anything larger is damage, not da
 _BATCH_BYTES = 8 * 2**20
 _SUFFIXES = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".ndjson")
 _WRAPPED = re.compile(rb'"((?!messages|conversations|prompt|target)[^"\\]{1,60})"\s*:\s*\[\s*\{')
+_BETWEEN = re.compile(r"\s*,?\s*")  # what stands between the rows of a JSON list
 _UNREADABLE = (OSError, EOFError, zlib.error)
 _HUB_NAME = re.compile(r"^\w[\w.-]*/[\w.-]+(?:@[\w.-]+)?(?::[\w\[\]:%+.-]+)?$")
 
@@ -239,18 +240,16 @@ def _json_rows(source: str, bad_row: Skip) -> Iterator[tuple[int, dict]]:
                 problem = f"cannot be read: {first_line(error)}"
             raise BadRow(source, number + 1, "(row)", problem)
 
-        buffer, at, comma = more(), 0, False
+        buffer = more()
         at = buffer.index("[") + 1
         while True:
-            while at < len(buffer) and (buffer[at].isspace() or (comma and buffer[at] == ",")):
-                comma = comma and buffer[at] != ","
-                at += 1
+            at = _BETWEEN.match(buffer, at).end()
             if buffer.startswith("]", at):
                 if (buffer[at + 1 :] + more()).strip():
                     raise BadRow(source, number + 1, "(file)", "has text after the end of its list")
                 return
             try:
-                row, end = decoder.raw_decode(buffer, at)
+                row, at = decoder.raw_decode(buffer, at)
             except (RecursionError, ValueError):
                 chunk = more()
                 buffer, at = buffer[at:] + chunk, 0
@@ -260,7 +259,7 @@ def _json_rows(source: str, bad_row: Skip) -> Iterator[tuple[int, dict]]:
                     problem = f"is longer than {MAX_ROW_BYTES} characters, or broken"
                     raise BadRow(source, number + 1, "(row)", problem) from None
                 continue
-            number, at, comma = number + 1, end, True
+            number += 1
             if isinstance(row, dict):
                 yield number, row
             else:
