@@ -29,6 +29,7 @@ from verl_hpt.demos.select import stable_hash
 from verl_hpt.errors import UserError
 
 _NAMES = 1000  # names of fields, and kinds of bad rows, that are told apart
+_READ_BY = {"prompt": "--prompt-key", "target": "--demo-key", "reward_model.ground_truth": "--answer-key"}
 _MARKS = re.compile(r"<<[^<>\n]*>>")
 
 
@@ -63,38 +64,29 @@ class Made(NamedTuple):
 
 def to_verl(row: Row, layout: Layout, options: Options) -> dict[str, Any]:
     """The row in verl's form without its further fields; raises `BadRow`."""
-    question = read(row, layout)
-    prompt, demos = question.prompt, question.demos
+    prompt, demos, truth = read(row, layout)
     if options.drop_system or options.system is not None:
         prompt = [message for message in prompt if message["role"] != "system"]
     if options.system is not None:
         prompt = [{"role": "system", "content": options.system}, *prompt]
     if options.suffix:
         prompt = [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + options.suffix}]
+    demos = [[{"role": "assistant", "content": demo}] if isinstance(demo, str) else demo for demo in demos]
     if options.strip_calculator:
-        demos = [_without_marks(demo) for demo in demos]
+        demos = [demo and [{**m, "content": _MARKS.sub("", m["content"])} for m in demo] for demo in demos]
     name = row.file.replace("\\", "/").split("/")[-1]
     source = options.data_source or plain(row.get("data_source"))
     if source is not None and (isinstance(source, bool) or not isinstance(source, str | int)):
         raise row.bad("data_source", f"must be text, got {type(source).__name__}")
     ability, style = row.get("ability"), row.get("reward_model.style")
     return {
-        "data_source": str(source or FORMATS[layout.format].data_source or re.sub(r"\..*$", "", name)),
+        "data_source": str(source or FORMATS[layout.format].data_source or name.split(".")[0]),
         "prompt": prompt,
         "ability": options.ability or (ability if isinstance(ability, str) else "math"),
-        "reward_model": {
-            "style": style if style and isinstance(style, str) else "rule",
-            "ground_truth": question.truth,
-        },
+        "reward_model": {"style": style if style and isinstance(style, str) else "rule", "ground_truth": truth},
         "extra_info": {"file": name, "row": row.number},
-        "target": [[{"role": "assistant", "content": demo}] if isinstance(demo, str) else demo for demo in demos],
+        "target": demos,
     }
-
-
-def _without_marks(demo: Any) -> Any:
-    if isinstance(demo, str):
-        return _MARKS.sub("", demo)
-    return [{**message, "content": _MARKS.sub("", message["content"])} for message in demo] if demo else demo
 
 
 def carry(made: dict, row: Row, layout: Layout, options: Options) -> None:
@@ -104,7 +96,7 @@ def carry(made: dict, row: Row, layout: Layout, options: Options) -> None:
         read_whole.add(layout.system)
     for name, value in row.values.items():
         encodable(row, name, name)
-        value = plain(value)
+        value, taken = plain(value), []
         if name in read_whole or (name in made and not value):
             continue
         if name in ("extra_info", "reward_model") and not isinstance(value, dict):
@@ -113,27 +105,21 @@ def carry(made: dict, row: Row, layout: Layout, options: Options) -> None:
         if name == "extra_info":
             made[name] |= value
         elif name == "reward_model":
-            for key in ("style", "ground_truth"):
-                if value.get(key) and value[key] != made[name][key] and layout.truth != f"{name}.{key}":
-                    raise _taken(row, f"{name}.{key}")
+            taken = [
+                f"{name}.{key}" for key, of_ours in made[name].items() if value.get(key) not in (None, "", of_ours)
+            ]
             made[name] = {**value, **made[name]}
         elif name == "ability":
-            if not isinstance(value, str) and not options.ability:
-                raise _taken(row, name)
+            taken = [] if isinstance(value, str) or options.ability else [name]
         elif name in made:
-            unread = [f"{name}.{key}" for key in value] if isinstance(value, dict) else [name]
-            for path in unread:
-                if path not in read_whole:
-                    raise _taken(row, path)
+            taken = [f"{name}.{key}" for key in value] if isinstance(value, dict) else [name]
         else:
             made[name] = value
-
-
-def _taken(row: Row, path: str) -> BadRow:
-    options = {"prompt": "--prompt-key", "target": "--demo-key", "reward_model.ground_truth": "--answer-key"}
-    remedy = f"{options[path]} {path} reads this one, " if path in options else ""
-    value = repr(row.get(path))[:80]
-    return row.bad(path, f"convert writes that field itself, not {value}: {remedy}--drop {path} leaves it out")
+        for path in taken:
+            if path not in read_whole:
+                remedy = f"{_READ_BY[path]} {path} reads this one, " if path in _READ_BY else ""
+                problem = f"convert writes that field itself, not {str(row.get(path))[:80]!r}"
+                raise row.bad(path, f"{problem}: {remedy}--drop {path} leaves it out")
 
 
 @dataclass
@@ -177,8 +163,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("inputs, OUT and --val must be different files, and none an output's name with .part after it")
     log = Log(args.skip_bad)
     rows = itertools.islice(_rows(args, log, log.skip), args.limit)
-    batches = ([_with_index(made.values) for made in group] for group in groups(rows, lambda made: made.values))
-    schema = schema_of(batches, args.several)
+    schema = schema_of(([made.values for made in group] for group in groups(rows, _values)), args.several)
     for option, names in (("--drop", args.drop), ("--as-text", args.as_text)):
         if missing := [name for name in names if name not in log.named]:
             known = _listed([*{name: None for names in log.fields.values() for name in names}])
@@ -205,9 +190,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _with_index(values: dict) -> dict:
-    """The row as its columns' types see it: `Writer.write` gives it an index and a split where it has none."""
-    return {**values, "extra_info": {"index": 0, "split": "train", **values["extra_info"]}}
+def _values(made: Made) -> dict:
+    return made.values
 
 
 def _listed(names: list[str]) -> str:
@@ -221,7 +205,7 @@ def _write(args: argparse.Namespace, rows: Iterator[Made], schema, log: Log) -> 
     with contextlib.ExitStack() as stack:
         paths = {"train": args.out, "val": args.val}
         writers = {split: stack.enter_context(Writer(path, schema)) for split, path in paths.items() if path}
-        for group in groups(rows, lambda made: made.values):
+        for group in groups(rows, _values):
             parts: dict[str, list[Made]] = {split: [] for split in writers}
             for made in group:
                 val = args.val and in_validation(made.values["prompt"], args.val_share, args.seed)

@@ -30,9 +30,7 @@ def run(args: argparse.Namespace) -> int:
             if layout.truth is None:
                 raise row.bad("answer", "no expected answer found")
             made = to_verl(row, layout, options)
-            made["extra_info"] = {"index": 0, "split": "test", **made["extra_info"]}
-            made["target"] = []
-            rows += [{**made, "extra_info": {**made["extra_info"], "index": len(rows) + i}} for i in range(args.repeat)]
+            rows += [{**made, "target": []}] * args.repeat
         with Writer(out, schema_of([rows], False)) as writer:
             for position, path, problem in writer.write(rows, "test"):
                 raise BadRow(source, rows[position]["extra_info"]["row"], path, problem)

@@ -55,6 +55,7 @@ def schema_of(batches: Iterable[list[dict]], several: bool) -> pa.Schema | None:
     kinds: dict[str, pa.DataType] = {}
     for rows in batches:
         several = several or any(len(row["target"]) > 1 for row in rows)
+        rows = [_with_index(row, 0, "") for row in rows]
         for name in dict.fromkeys(name for row in rows for name in row):
             column = [row[name] for row in rows if name in row]
             known = kinds.setdefault(name, pa.list_(_CHAT) if name == "target" else pa.null())
@@ -203,4 +204,8 @@ class Writer:
     def _final(self, row: dict, index: int, split: str) -> dict:
         several = pa.types.is_list(self.schema.field("target").type.value_type)
         target = row["target"] if several else next(iter(row["target"]), None)
-        return {**row, "extra_info": {"index": index, "split": split, **row["extra_info"]}, "target": target}
+        return {**_with_index(row, index, split), "target": target}
+
+
+def _with_index(row: dict, index: int, split: str) -> dict:
+    return {**row, "extra_info": {"index": index, "split": split, **row["extra_info"]}}
