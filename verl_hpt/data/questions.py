@@ -1,6 +1,7 @@
 """What is wrong with rows as questions: not verl's form, asked twice, asked in validation too."""
 
 import itertools
+import os
 from typing import Any
 
 from verl_hpt.data.formats import Layout, detect, encodable, opened
@@ -94,7 +95,9 @@ class Questions:
                 if not isinstance(prompt, str | list) or not prompt:
                     raise row.bad(str(layout.prompt), f"must hold a question, got {prompt!r}"[:200])
                 if layout.format == "messages":
-                    prompt = prompt[: 1 + max((i for i, m in enumerate(prompt) if asks(m)), default=-1)]
+                    roles = ((m.get("role") or m.get("from")) if isinstance(m, dict) else None for m in prompt)
+                    asked = [i for i, role in enumerate(roles) if role in ("user", "human")]
+                    prompt = prompt[: 1 + max(asked, default=-1)]
                 if isinstance(prompt, str) and isinstance(row.get(layout.context), str):
                     prompt = f"{prompt}\n\n{row.get(layout.context)}"
                 texts.append(question_text(prompt))
@@ -105,38 +108,21 @@ class Questions:
 
     def _row_of(self, text: str, frame: tuple[str, str]) -> int | None:
         """The row that asks the same, with or without what all prompts of either file begin and end with."""
-        for form in (text, unframed(text, frame), unframed(text, self.frame or ("", ""))):
-            number = stable_hash(form)
-            if number in self.whole:
-                return self.whole[number]
-            if number in self.known:
-                return self.known[number][0]
-        return None
-
-
-def asks(message: Any) -> bool:
-    """Whether a chat message is the user's, in either of the two common spellings."""
-    return isinstance(message, dict) and (message.get("role") == "user" or message.get("from") == "human")
+        keys = [stable_hash(form) for form in (text, unframed(text, frame), unframed(text, self.frame or ("", "")))]
+        rows = (self.whole.get(key) or self.known.get(key, (None,))[0] for key in keys)
+        return next(filter(None, rows), None)
 
 
 def shared_frame(texts: list[str]) -> tuple[str, str]:
     """What all of the texts begin and end with, cut at spaces; nothing where there are too few to tell."""
-    different = sorted(set(texts))
-    if len(different) < 5:
+    if len(set(texts)) < 5:
         return "", ""
-    start, end = _common(different), _common(sorted(t[::-1] for t in different))[::-1]
+    common = os.path.commonprefix  # noqa: RUF071 (of characters, not of folders)
+    start, end = common(texts), common([text[::-1] for text in texts])[::-1]
     start, end = start[: start.rfind(" ") + 1], end[end.find(" ") :] if " " in end else ""
-    shortest = min(map(len, different))
-    return (start, end) if len(start) + len(end) < shortest else ("", "")
-
-
-def _common(ordered: list[str]) -> str:
-    """What all of some sorted texts begin with: the first and the last differ most."""
-    first, last = ordered[0], ordered[-1]
-    return first[: next((i for i, c in enumerate(first) if last[i : i + 1] != c), len(first))]
+    return (start, end) if len(start) + len(end) < min(map(len, texts)) else ("", "")
 
 
 def unframed(text: str, frame: tuple[str, str]) -> str:
     """The text without the frame, where it has it."""
-    text = text.removeprefix(frame[0]) if frame[0] else text
-    return text.removesuffix(frame[1]) if frame[1] else text
+    return text.removeprefix(frame[0]).removesuffix(frame[1])
