@@ -130,7 +130,7 @@ class Log:
     layouts: dict[str, Layout] = field(default_factory=dict)  # by file
     fields: dict[str, dict[str, None]] = field(default_factory=dict)  # by file, in order
     parsed: dict[str, set[str]] = field(default_factory=dict)  # by file: fields that held JSON text
-    named: set[str] = field(default_factory=set)  # names of --drop and --as-text that a row had
+    edited: set[str] = field(default_factory=set)  # names of --drop and --as-text that a row had
     bad: Counter = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
 
@@ -165,7 +165,7 @@ def run(args: argparse.Namespace) -> int:
     rows = itertools.islice(_rows(args, log, log.skip), args.limit)
     schema = schema_of(([made.values for made in group] for group in groups(rows, _values)), args.several)
     for option, names in (("--drop", args.drop), ("--as-text", args.as_text)):
-        if missing := [name for name in names if name not in log.named]:
+        if missing := [name for name in names if name not in log.edited]:
             known = _listed([*{name: None for names in log.fields.values() for name in names}])
             raise UserError(f"{option} {missing[0]}: no row has such a field; they have {known}")
     try:
@@ -242,7 +242,7 @@ def _rows(args: argparse.Namespace, log: Log, skip: Skip) -> Iterator[Made]:
                 log.parsed[source].add(name)
             row = row._replace(values=values)
             try:
-                _edit(args, row, log.named)
+                _edit(args, row, log.edited)
                 layout = log.layouts.get(source) or _layout(args, row)
                 log.layouts[source] = layout
                 made = to_verl(row, layout, options)
@@ -264,15 +264,15 @@ def _layout(args: argparse.Namespace, row: Row) -> Layout:
     return layout
 
 
-def _edit(args: argparse.Namespace, row: Row, named: set[str]) -> None:
+def _edit(args: argparse.Namespace, row: Row, edited: set[str]) -> None:
     """Do what --drop and --as-text say."""
     for name in args.drop:
         for holder, key in _holders(row.values, name):
             del holder[key]
-            named.add(name)
+            edited.add(name)
     for name in args.as_text:
         for holder, key in _holders(row.values, name):
-            named.add(name)
+            edited.add(name)
             if holder[key] is not None and not isinstance(holder[key], str):
                 try:
                     holder[key] = json.dumps(plain(holder[key]), ensure_ascii=False)

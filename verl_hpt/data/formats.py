@@ -95,16 +95,16 @@ def read(row: Row, layout: Layout) -> Question:
     return question
 
 
-def by_name(values: dict, named: Layout, *needed: str) -> Layout | None:
+def by_name(values: dict, keys: Layout, *needed: str) -> Layout | None:
     """The fields under known names, where the user named no others; None without a question or a `needed` one."""
-    names, prompt, demo = _any_case(values), named.prompt or _first(values, PROMPT_KEYS), named.demo
+    names, prompt, demo = _any_case(values), keys.prompt or _first(values, PROMPT_KEYS), keys.demo
     if prompt is None:
         return None
     if demo is None:
         answers = names.get("answers")  # a list of them is of demonstrations, unless it was named as the truth
-        listed = answers != named.truth and isinstance(values.get(answers), list)
+        listed = answers != keys.truth and isinstance(values.get(answers), list)
         demo = _first(values, DEMO_KEYS, (prompt, None if listed else answers))
-    truth = named.truth or _first(values, TRUTH_KEYS, (prompt, demo))
+    truth = keys.truth or _first(values, TRUTH_KEYS, (prompt, demo))
     context = names.get("input", "input") if prompt.lower() == "instruction" else None  # the first row may lack it
     layout = Layout(prompt, demo, truth, None if context in (demo, truth) else context)
     return layout if all(getattr(layout, name) for name in needed) else None
@@ -151,13 +151,13 @@ def _read_fields(row: Row, layout: Layout) -> Question:
     return Question(prompt, demos, _expected_answer(row, layout, demos))
 
 
-def _detect_chat(values: dict, named: Layout) -> Layout | None:
+def _detect_chat(values: dict, keys: Layout) -> Layout | None:
     names = _any_case(values)
     chat = next((names[key] for key in CHAT_KEYS if key in names and isinstance(values[names[key]], list)), None)
-    if chat is None or named.prompt is not None or "prompt" in names:
+    if chat is None or keys.prompt is not None or "prompt" in names:
         return None
-    truth = named.truth or _first(values, TRUTH_KEYS)
-    return Layout(chat, named.demo, truth, system=names.get("system", "system"))  # the first row may lack it
+    truth = keys.truth or _first(values, TRUTH_KEYS)
+    return Layout(chat, keys.demo, truth, system=names.get("system", "system"))  # the first row may lack it
 
 
 def _read_chat(row: Row, layout: Layout) -> Question:
@@ -174,10 +174,10 @@ def _read_chat(row: Row, layout: Layout) -> Question:
     return Question(prompt, demos, _expected_answer(row, layout, demos))
 
 
-def _detect_four_hash(values: dict, named: Layout) -> Layout | None:
-    layout, answer = by_name(values, named), _any_case(values).get("answer")
+def _detect_four_hash(values: dict, keys: Layout) -> Layout | None:
+    layout, answer = by_name(values, keys), _any_case(values).get("answer")
     text = values.get(answer)
-    if layout is None or layout.demo or named.truth or not isinstance(text, str) or "####" not in text:
+    if layout is None or layout.demo or keys.truth or not isinstance(text, str) or "####" not in text:
         return None
     return Layout(layout.prompt, answer, answer)
 
@@ -225,7 +225,7 @@ def _messages(row: Row, key: str, value: Any) -> list[dict]:
             raise row.bad(f"{key}[{i}].tool_calls", "must be a list of calls, each with a function and its name")
         if content is None and calls:
             content = ""
-        if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+        if isinstance(content, list) and all(map(_is_text_part, content)):
             content = "".join(part["text"] for part in content)
         if not isinstance(content, str):
             raise row.bad(f"{key}[{i}].content", f"must be text, got {type(content).__name__}")
@@ -233,6 +233,11 @@ def _messages(row: Row, key: str, value: Any) -> list[dict]:
         calls = {} if calls is None else {"tool_calls": [_call(call) for call in calls]}
         messages.append({"role": role, "content": encodable(row, f"{key}[{i}].content", content), **further, **calls})
     return messages
+
+
+def _is_text_part(part: Any) -> bool:
+    """Whether joining the texts of such parts loses nothing."""
+    return isinstance(part, dict) and isinstance(part.get("text"), str) and part.keys() <= {"type", "text"}
 
 
 def _is_call(call: Any) -> bool:
@@ -293,13 +298,13 @@ FORMATS: dict[str, Format] = {  # the first that recognises a row reads its file
         truth="what follows #### in `{}`",
     ),
     "luffy": Format(
-        lambda values, named: (
-            by_name(values, named, "demo") if isinstance(values.get("reward_model"), dict) and not named.demo else None
+        lambda values, keys: (
+            by_name(values, keys, "demo") if isinstance(values.get("reward_model"), dict) and not keys.demo else None
         ),
         _read_fields,
     ),
-    "qa": Format(lambda values, named: by_name(values, named, "demo", "truth"), _read_fields),
-    "plain": Format(lambda values, named: by_name(values, named, "demo"), _read_fields),
+    "qa": Format(lambda values, keys: by_name(values, keys, "demo", "truth"), _read_fields),
+    "plain": Format(lambda values, keys: by_name(values, keys, "demo"), _read_fields),
     "questions": Format(by_name, _read_fields, truth="none"),
 }
 

@@ -96,8 +96,8 @@ class Questions:
                     raise row.bad(str(layout.prompt), f"must hold a question, got {prompt!r}"[:200])
                 if layout.format == "messages":
                     roles = ((m.get("role") or m.get("from")) if isinstance(m, dict) else None for m in prompt)
-                    asked = [i for i, role in enumerate(roles) if role in ("user", "human")]
-                    prompt = prompt[: 1 + max(asked, default=-1)]
+                    users = [i for i, role in enumerate(roles) if role in ("user", "human")]
+                    prompt = prompt[: 1 + max(users, default=-1)]
                 if isinstance(prompt, str) and isinstance(row.get(layout.context), str):
                     prompt = f"{prompt}\n\n{row.get(layout.context)}"
                 texts.append(question_text(prompt))
@@ -117,7 +117,7 @@ def shared_frame(texts: list[str]) -> tuple[str, str]:
     """What all of the texts begin and end with, cut at spaces; nothing where there are too few to tell."""
     if len(set(texts)) < 5:
         return "", ""
-    common = os.path.commonprefix  # noqa: RUF071 (of characters, not of folders)
+    common = os.path.commonprefix  # of characters
     start, end = common(texts), common([text[::-1] for text in texts])[::-1]
     start, end = start[: start.rfind(" ") + 1], end[end.find(" ") :] if " " in end else ""
     return (start, end) if len(start) + len(end) < min(map(len, texts)) else ("", "")
