@@ -16,13 +16,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm import tqdm
 
 from verl_hpt.data.formats import FORMATS, JSON_FIELDS, Layout, detect, encodable, opened, read
 from verl_hpt.data.questions import question_text
-from verl_hpt.data.read import BadRow, Row, Skip, count_rows, read_rows
+from verl_hpt.data.read import BadRow, Row, Skip, count_rows, read_rows, stop
 from verl_hpt.data.write import Writer, groups, schema_of
 from verl_hpt.demos.encode import plain
 from verl_hpt.demos.select import stable_hash
@@ -43,23 +43,6 @@ class Options:
     drop_system: bool = False
     suffix: str = ""
     strip_calculator: bool = False
-
-
-class Made(NamedTuple):
-    """A row in verl's form, `target` as a list of demonstrations, with the row it was made of."""
-
-    values: dict[str, Any]
-    row: Row
-    layout: Layout
-
-    def bad(self, path: str, problem: str) -> BadRow:
-        """`path` in the row made, as a problem of a field of the file."""
-        root, dot, rest = path.partition(".")
-        root = {"prompt": self.layout.prompt, "target": self.layout.demo or self.layout.prompt}.get(root, root)
-        name, remedy = f"{root}{dot}{rest}", ""
-        if not re.search("surrogate|binary", problem):  # JSON text would not help
-            remedy = f"--as-text {name} writes it as JSON text, "
-        return self.row.bad(name, f"{problem}: {remedy}--drop {name} leaves it out")
 
 
 def to_verl(row: Row, layout: Layout, options: Options) -> dict[str, Any]:
@@ -163,13 +146,13 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("inputs, OUT and --val must be different files, and none an output's name with .part after it")
     log = Log(args.skip_bad)
     rows = itertools.islice(_rows(args, log, log.skip), args.limit)
-    schema = schema_of(([made.values for made in group] for group in groups(rows, _values)), args.several)
+    schema = schema_of(([row.values for row in group] for group in groups(rows)), args.several)
     for option, names in (("--drop", args.drop), ("--as-text", args.as_text)):
         if missing := [name for name in names if name not in log.edited]:
             known = _listed([*{name: None for names in log.fields.values() for name in names}])
             raise UserError(f"{option} {missing[0]}: no row has such a field; they have {known}")
     try:
-        rows = itertools.islice(_rows(args, log, lambda bad: None), args.limit)
+        rows = itertools.islice(_rows(args, log, (lambda bad: None) if args.skip_bad else stop), args.limit)
         counts, sources, demos = _write(args, rows, schema, log) if schema is not None else ({}, {}, {})
     finally:
         log.print_skipped()
@@ -190,44 +173,50 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _values(made: Made) -> dict:
-    return made.values
-
-
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - 40} more" if len(names) > 40 else ""
     return ", ".join(f"`{name}`" for name in names[:40]) + more
 
 
-def _write(args: argparse.Namespace, rows: Iterator[Made], schema, log: Log) -> tuple[Counter, Counter, Counter]:
+def _write(args: argparse.Namespace, rows: Iterator[Row], schema, log: Log) -> tuple[Counter, Counter, Counter]:
     """Write the rows; without any, no file. Counts of rows, of rows by data_source, of demonstrations by file."""
     counts, sources, demos = Counter(), Counter(), Counter()
     with contextlib.ExitStack() as stack:
         paths = {"train": args.out, "val": args.val}
         writers = {split: stack.enter_context(Writer(path, schema)) for split, path in paths.items() if path}
-        for group in groups(rows, _values):
-            parts: dict[str, list[Made]] = {split: [] for split in writers}
-            for made in group:
-                val = args.val and in_validation(made.values["prompt"], args.val_share, args.seed)
-                parts["val" if val else "train"].append(made)
+        for group in groups(rows):
+            parts: dict[str, list[Row]] = {split: [] for split in writers}
+            for row in group:
+                val = args.val and in_validation(row.values["prompt"], args.val_share, args.seed)
+                parts["val" if val else "train"].append(row)
             for split, part in parts.items():
-                while part and (changed := writers[split].write([made.values for made in part], split)):
+                while part and (changed := writers[split].write([row.values for row in part], split)):
                     for position, path, problem in changed:
-                        log.skip(part[position].bad(path, problem))
+                        log.skip(_changed(part[position], log.layouts[part[position].file], path, problem))
                     positions = {position for position, *_ in changed}
-                    part = [made for i, made in enumerate(part) if i not in positions]
+                    part = [row for i, row in enumerate(part) if i not in positions]
                 counts[split] += len(part)
-                for made in part:
-                    count = sum(demo is not None for demo in made.values["target"])
-                    demos[made.row.file] += count
+                for row in part:
+                    count = sum(demo is not None for demo in row.values["target"])
+                    demos[row.file] += count
                     counts["without"] += not count
-                    sources[made.values["data_source"]] += 1
+                    sources[row.values["data_source"]] += 1
         if not sources:
             stack.pop_all().__exit__(UserError, None, None)  # no file for no rows
     return counts, sources, demos
 
 
-def _rows(args: argparse.Namespace, log: Log, skip: Skip) -> Iterator[Made]:
+def _changed(row: Row, layout: Layout, path: str, problem: str) -> BadRow:
+    """What is wrong at `path` in the row made, as a problem of a field of the file."""
+    root, dot, rest = path.partition(".")
+    root = {"prompt": layout.prompt, "target": layout.demo or layout.prompt}.get(root, root)
+    name, remedy = f"{root}{dot}{rest}", ""
+    if not re.search("surrogate|binary", problem):  # JSON text would not help
+        remedy = f"--as-text {name} writes it as JSON text, "
+    return row.bad(name, f"{problem}: {remedy}--drop {name} leaves it out")
+
+
+def _rows(args: argparse.Namespace, log: Log, skip: Skip) -> Iterator[Row]:
     """The inputs' rows, converted; bad ones go to `skip`."""
     options = Options(**{f.name: getattr(args, f.name) for f in fields(Options)})
     known = JSON_FIELDS | {key for key in (args.prompt_key, args.demo_key) if key}
@@ -250,7 +239,7 @@ def _rows(args: argparse.Namespace, log: Log, skip: Skip) -> Iterator[Made]:
             except BadRow as bad:
                 skip(bad)
                 continue
-            yield Made(made, row, layout)
+            yield row._replace(values=made)
 
 
 def _layout(args: argparse.Namespace, row: Row) -> Layout:

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from verl_hpt.data.read import first_line
+from verl_hpt.data.read import Row, first_line
 from verl_hpt.errors import UserError
 
 _GROUP_BYTES, _GROUP_ROWS = 16 * 2**20, 20_000
@@ -22,12 +22,12 @@ _CHAT = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _SCALARS = {int, float, str, type(None)}  # a bool equals a number, so it is compared one by one
 
 
-def groups(rows: Iterable[Any], values: Any = lambda row: row) -> Iterator[list[Any]]:
+def groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
     """The rows in lists of about 16 MiB, as they are held in memory and written."""
     group, size = [], 0
     for row in rows:
         group.append(row)
-        size += _size(values(row))
+        size += _size(row.values)
         if size >= _GROUP_BYTES or len(group) >= _GROUP_ROWS:
             yield group
             group, size = [], 0
