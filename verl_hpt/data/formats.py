@@ -182,6 +182,11 @@ def _detect_four_hash(values: dict, keys: Layout) -> Layout | None:
     return Layout(layout.prompt, answer, answer)
 
 
+def _detect_luffy(values: dict, keys: Layout) -> Layout | None:
+    is_verls = isinstance(values.get("reward_model"), dict) and not keys.demo
+    return by_name(values, keys, "demo") if is_verls else None
+
+
 def _read_four_hash(row: Row, layout: Layout) -> Question:
     """GSM8K's form: one field has the worked solution and, after ####, the expected answer."""
     prompt, demos = _prompt_and_demos(row, layout)
@@ -297,12 +302,7 @@ FORMATS: dict[str, Format] = {  # the first that recognises a row reads its file
         data_source="openai/gsm8k",  # the name that chooses the grader for this form
         truth="what follows #### in `{}`",
     ),
-    "luffy": Format(
-        lambda values, keys: (
-            by_name(values, keys, "demo") if isinstance(values.get("reward_model"), dict) and not keys.demo else None
-        ),
-        _read_fields,
-    ),
+    "luffy": Format(_detect_luffy, _read_fields),
     "qa": Format(lambda values, keys: by_name(values, keys, "demo", "truth"), _read_fields),
     "plain": Format(lambda values, keys: by_name(values, keys, "demo"), _read_fields),
     "questions": Format(by_name, _read_fields, truth="none"),
@@ -311,21 +311,23 @@ FORMATS: dict[str, Format] = {  # the first that recognises a row reads its file
 
 def opened(values: dict, keys: set[str]) -> tuple[dict, list[str]]:
     """The row with chats (and a reward_model) that stand in it as JSON text parsed, and the names of those fields."""
-    parsed = {}
-    for name, value in values.items():
-        if not isinstance(value, str | list) or not (name in keys or name.lower() in keys):
-            continue
-        asks = name.lower() in (*PROMPT_KEYS, *CHAT_KEYS)
-        new = _chat(value, asks)
-        if name == "reward_model":
-            new = _loaded(value)
-            new = new if isinstance(new, dict) and "ground_truth" in new else None
-        elif isinstance(value, list) and any(_chat(item, asks) for item in value):
-            new = [_chat(item, asks) or item for item in value]
-            new = [m for item in new for m in (item if isinstance(item, list) else [item])] if asks else new
-        if new is not None:
-            parsed[name] = new
-    return ({**values, **parsed}, list(parsed)) if parsed else (values, [])
+    known = [name for name in values if name in keys or name.lower() in keys]
+    parsed = {name: new for name in known if (new := _parsed(name.lower(), values[name])) is not None}
+    return {**values, **parsed}, list(parsed)
+
+
+def _parsed(name: str, value: Any) -> Any:
+    """The chat (or the reward_model) that a text, or the texts of a list, hold as JSON; None where they hold none."""
+    asks = name in (*PROMPT_KEYS, *CHAT_KEYS)
+    if name == "reward_model":
+        new = _loaded(value)
+        return new if isinstance(new, dict) and "ground_truth" in new else None
+    if not isinstance(value, list):
+        return _chat(value, asks)
+    new = [_chat(item, asks) or item for item in value]
+    if all(before is after for before, after in zip(value, new, strict=True)):
+        return None
+    return [m for item in new for m in (item if isinstance(item, list) else [item])] if asks else new
 
 
 def _loaded(text: Any) -> Any:
