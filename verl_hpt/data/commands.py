@@ -1,6 +1,7 @@
 """`verl-hpt data`: convert datasets, check demonstrations before a GPU hour is spent, make evaluation sets."""
 
 import argparse
+import contextlib
 import importlib
 import json
 import math
@@ -113,13 +114,10 @@ def _add_rendering(parser: argparse.ArgumentParser) -> None:
 
 
 def _json_object(text: str) -> dict:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text[:80]!r}: {error}") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text[:80]!r}")
-    return value
+    with contextlib.suppress(ValueError):
+        if isinstance(value := json.loads(text), dict):
+            return value
+    raise argparse.ArgumentTypeError(f"must be a JSON object, got {text[:80]!r}")
 
 
 # name: its module's `run`, its options, what it does

@@ -150,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
     for option, names in (("--drop", args.drop), ("--as-text", args.as_text)):
         if missing := [name for name in names if name not in log.edited]:
             known = _listed([*{name: None for names in log.fields.values() for name in names}])
-            raise UserError(f"{option} {missing[0]}: no row has such a field; they have {known}")
+            raise UserError(f"{option} {', '.join(missing)}: no row has such a field; they have {known}")
     try:
         rows = itertools.islice(_rows(args, log, (lambda bad: None) if args.skip_bad else stop), args.limit)
         counts, sources, demos = _write(args, rows, schema, log) if schema is not None else ({}, {}, {})
