@@ -441,6 +441,16 @@ def test_a_system_text_and_a_column_may_come_and_go(tmp_path, capsys):
         assert [m["r"] for m in made] == [r.get("r") for r in rows]
 
 
+def test_content_in_parts_is_joined_where_nothing_is_lost(tmp_path, capsys):
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "?", "image": None}]
+    assert said(tmp_path, capsys, [{"messages": [ask(parts), say("#### 1")]}])[1][0]["prompt"] == [ask("a?")]
+    row = {"messages": [ask([*parts, {"text": "b", "cache": 1}]), say("#### 1")]}
+    status, _, _, err = said(tmp_path, capsys, [row])
+    assert status == 2 and "row 1: field `messages[0].content`: must be text, got list" in err
+    _, (made,), *_ = said(tmp_path, capsys, [row], "--drop", "messages.content.cache")
+    assert made["prompt"] == [ask("a?b")]
+
+
 def test_further_keys_of_tool_calls_are_carried(tmp_path, capsys):
     call = {"id": "1", "index": 3, "type": "function", "function": {"name": "f", "arguments": {"a": 2}, "strict": True}}
     bare = {"id": "2", "name": "f", "arguments": '{"a": 1}'}

@@ -16,12 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from verl_hpt.data import report
 from verl_hpt.data.convert import Options, to_verl
-from verl_hpt.data.formats import JSON_FIELDS, Layout, Row, detect, opened
+from verl_hpt.data.formats import JSON_FIELDS, Layout, detect, opened
 from verl_hpt.data.grade import Grade, load_reward
 from verl_hpt.data.questions import Questions, check_form
-from verl_hpt.data.read import BadRow, count_rows, file_kind, read_rows
+from verl_hpt.data.read import BadRow, Row, count_rows, file_kind, read_rows
 from verl_hpt.data.render import Renderer, difference, renderer
 from verl_hpt.data.report import Result
 from verl_hpt.demos.demonstration import COLUMNS, Demonstration, Unusable, message_text, plain
@@ -85,17 +87,17 @@ def check_outputs(args: argparse.Namespace) -> None:
 def check(args: argparse.Namespace) -> Result:
     """The result of all checks that the arguments allow."""
     result, render = Result(args.file), renderer(args) if args.tokenizer or args.model else None
+    columns = {name: column for name in COLUMNS if (column := getattr(args, f"column_{name}")) is not None}
     if render is not None:
         result.unit = "tokens"
         if render.eos_problem is not None:
             result.found("eos", 0, "eos", f"{render.eos_problem} (--eos)")
-    elif args.column_token_weights or args.column_teacher_log_prob:
+    elif columns.keys() & {"token_weights", "teacher_log_prob"}:
         result.notes.append("columns with a value a token are compared with its tokens only with --tokenizer")
     if render is None and (args.max_response_length is not None or args.max_prompt_length is not None):
         result.notes.append("lengths are in characters: --tokenizer is needed to compare them with a limit in tokens")
     if args.reward not in (None, "shipped"):
         result.grader = args.reward
-    columns = {name: column for name in COLUMNS if (column := getattr(args, f"column_{name}")) is not None}
     grade = load_reward(args.reward, args.reward_kwargs)
     checks = Check(args, result, columns, render, grade, args.prompt_key or "prompt", args.demo_key or "target")
     questions, rows = Questions(), _verl_rows(checks)
@@ -128,30 +130,25 @@ def _ask_model(path: str, demos: list[tuple[list[int], Demonstration]], result: 
         result.notes.append(f"{too_long} demonstrations are longer than the {limit} tokens that --model reads")
 
 
-def _verl_rows(checks: Check) -> Iterator[tuple[int, dict]]:
+def _verl_rows(checks: Check) -> Iterator[Row]:
     """The file's rows in verl's form; those that cannot be brought to it are counted and left out."""
-    from tqdm import tqdm
-
     args, result, layout = checks.args, checks.result, None
     columns = checks.columns.values()
     rows = tqdm(read_rows(args.file), total=count_rows(args.file), unit=" rows", desc="check", disable=None)
-    for number, values in itertools.islice(rows, args.limit):
-        row = Row(args.file, number, values)
+    for row in itertools.islice(rows, args.limit):
         if result.rows == 0:
             layout = _layout(checks, row)
         result.rows += 1
         try:
             if layout is None:
-                check_form(row, checks.prompt_key)
-                yield (
-                    number,
-                    {**values, "prompt": plain(values[checks.prompt_key]), "target": values.get(checks.demo_key)},
-                )
+                prompt = check_form(row, checks.prompt_key)
+                made = {**row.values, "prompt": prompt, "target": row.values.get(checks.demo_key)}
             else:
-                made = to_verl(row._replace(values=opened(values, JSON_FIELDS)[0]), layout, Options())
-                yield number, {**made, **{name: values[name] for name in columns if name in values}}
+                made = to_verl(row._replace(values=opened(row.values, JSON_FIELDS)[0]), layout, Options())
+                made |= {name: row.values[name] for name in columns if name in row.values}
+            yield row._replace(values=made)
         except BadRow as bad:
-            result.found("schema", number, bad.field, bad.problem)
+            result.found("schema", row.number, bad.field, bad.problem)
 
 
 def _layout(checks: Check, row: Row) -> Layout | None:
@@ -159,11 +156,11 @@ def _layout(checks: Check, row: Row) -> Layout | None:
     args, result, values = checks.args, checks.result, row.values
     for column in checks.columns.values():
         if column not in values:
-            raise row.bad(column, f"no such column; the file has {row.names()}")
+            raise row.bad(column, f"no such column; the file has {row.fields()}")
     is_chat = checks.prompt_key in values and isinstance(plain(values[checks.prompt_key]), list | None)
     if is_chat and ("reward_model" in values or "data_source" in values):  # a null is the row's own trouble
         if checks.demo_key not in values:
-            result.found("no column", row.number, checks.demo_key, f"the file has {row.names()}")
+            result.found("no column", row.number, checks.demo_key, f"the file has {row.fields()}")
         return None
     layout = detect(row, args.prompt_key, args.demo_key, args.answer_key)
     if file_kind(args.file) == "parquet":
@@ -173,39 +170,36 @@ def _layout(checks: Check, row: Row) -> Layout | None:
     return layout
 
 
-def _check_batch(checks: Check, batch: list[tuple[int, dict]], threads) -> list[tuple[list[int], Demonstration]]:
+def _check_batch(checks: Check, batch: list[Row], threads) -> list[tuple[list[int], Demonstration]]:
     """Every demonstration of some rows: usable or why not, its length, its reward. The usable ones with prompts."""
-    result, render, prompts = checks.result, checks.render, {}
+    result, render, prompts, usable = checks.result, checks.render, {}, []
     if render is not None:
         prompts = _prompts(checks, batch)
-        batch = [(number, row) for number, row in batch if number in prompts]
-    rows = [(row, prompts.get(number), row["prompt"]) for number, row in batch]
-    usable = []
+        batch = [row for row in batch if row.number in prompts]
+    rows = [(row.values, prompts.get(row.number), row.values["prompt"]) for row in batch]
     encoding = render.encoding if render else (None, None)
-    for (number, row), demos in zip(batch, read(rows, "target", checks.columns, *encoding), strict=True):
-        if all(demo.content is None for demo in demos):
-            result.without += 1
-            continue
+    for row, demos in zip(batch, read(rows, "target", checks.columns, *encoding), strict=True):
+        result.without += all(demo.content is None for demo in demos)
         for demo in demos:
-            if demo.content is None:
-                result.found("null among", number, f"{checks.demo_key}[{demo.index}]")
-                continue
-            result.demonstrations += 1
-            if _is_usable(checks, number, demo):
-                usable.append((number, row, demo))
+            if demo.content is not None:
+                result.demonstrations += 1
+                if _is_usable(checks, row.number, demo):
+                    usable.append((row, demo))
+            elif any(other.content is not None for other in demos):
+                result.found("null among", row.number, f"{checks.demo_key}[{demo.index}]")
     result.usable += len(usable)
     if checks.grade is not None:
         _grade(checks, usable, threads)
     if render is None:
-        result.lengths += [len(_answer(demo)) for *_, demo in usable]
+        result.lengths += [len(_answer(demo)) for _, demo in usable]
         return []
-    texts = render.texts([demo.ids for *_, demo in usable])
-    for (number, _, demo), back in zip(usable, texts, strict=True):
-        if demo.text is not None and back != demo.text and not render.special(demo.text):
-            result.found("round trip", number, checks.place(demo), difference(demo.text, back))
+    texts = render.texts([demo.ids for _, demo in usable])
+    for (row, demo), text in zip(usable, texts, strict=True):
+        if demo.text is not None and text != demo.text and not render.special(demo.text):
+            result.found("round trip", row.number, checks.place(demo), difference(demo.text, text))
         if len(result.rendered) < checks.args.show:
-            result.rendered.append(render.beside(number, prompts[number], demo))
-    return [(prompts[number], demo) for number, _, demo in usable]
+            result.rendered.append(render.beside(row.number, prompts[row.number], demo))
+    return [(prompts[row.number], demo) for row, demo in usable]
 
 
 def _is_usable(checks: Check, number: int, demo: Demonstration) -> bool:
@@ -223,14 +217,14 @@ def _is_usable(checks: Check, number: int, demo: Demonstration) -> bool:
     return demo.bad is None
 
 
-def _prompts(checks: Check, batch: list[tuple[int, dict]]) -> dict[int, list[int]]:
+def _prompts(checks: Check, batch: list[Row]) -> dict[int, list[int]]:
     """The prompts' tokens by row, without those that the template refuses."""
     result, limit, texts = checks.result, checks.args.max_prompt_length, {}
-    for number, row in batch:
+    for row in batch:
         try:
-            texts[number] = checks.render.prompt(row["prompt"])
+            texts[row.number] = checks.render.prompt(row.values["prompt"])
         except Unusable as bad:
-            result.found("prompt", number, "prompt", bad.detail)
+            result.found("prompt", row.number, "prompt", bad.detail)
     prompts = dict(zip(texts, checks.render.tokens([*texts.values()]), strict=True))
     if limit is not None:
         result.prompt_lengths += map(len, prompts.values())
@@ -247,29 +241,30 @@ def _answer(demo: Demonstration) -> str:
     return "\n".join(message_text(m) for m in plain(demo.content) if m.get("role", "assistant") == "assistant")
 
 
-def _grade(checks: Check, demos: list[tuple[int, dict, Demonstration]], threads) -> None:
+def _grade(checks: Check, demos: list[tuple[Row, Demonstration]], threads) -> None:
     """Rewards of a batch, in threads, as verl has it; the symbolic grader works in processes of its own."""
-    result, success = checks.result, checks.args.success
 
-    def one(item: tuple[int, dict, Demonstration]) -> tuple[float | None, str, bool]:
-        _, row, demo = item
-        info = {**(plain(row.get("extra_info")) or {}), "num_turns": 2, "rollout_reward_scores": {}}
-        return checks.grade(row["data_source"], _answer(demo), row["reward_model"]["ground_truth"], info)
+    def one(item: tuple[Row, Demonstration]) -> tuple[float | None, str, bool]:
+        values = item[0].values
+        info = {**(plain(values.get("extra_info")) or {}), "num_turns": 2, "rollout_reward_scores": {}}
+        return checks.grade(values["data_source"], _answer(item[1]), values["reward_model"]["ground_truth"], info)
 
-    for (number, row, demo), (score, problem, failed) in zip(demos, threads.map(one, demos), strict=True):
-        graded = result.rewards.setdefault(row["data_source"], [0, 0.0, 0])
+    result = checks.result
+    for (row, demo), (score, problem, failed) in zip(demos, threads.map(one, demos), strict=True):
+        number, place = row.number, checks.place(demo)
+        graded = result.rewards.setdefault(row.values["data_source"], [0, 0.0, 0])
         if score is None:
-            result.found("reward", number, checks.place(demo), problem)
+            result.found("reward", number, place, problem)
             continue
         if failed:
-            result.found("grading", number, checks.place(demo))
+            result.found("grading", number, place)
         graded[0] += 1
         graded[1] += score
-        if score < success:
+        if score < checks.args.success:
             graded[2] += 1
-            truth = str(row["reward_model"]["ground_truth"])[:60]
+            truth = str(row.values["reward_model"]["ground_truth"])[:60]
             detail = f"reward {score:g}; expected {truth!r}, the text ends {_answer(demo)[-60:]!r}"
-            result.found("rejected", number, checks.place(demo), detail)
+            result.found("rejected", number, place, detail)
 
 
 def _judge(result: Result, tolerance: float, demo_key: str) -> None:

@@ -1,6 +1,7 @@
 """`verl-hpt data`: convert datasets, check demonstrations before a GPU hour is spent, make evaluation sets."""
 
 import argparse
+import contextlib
 import importlib
 import json
 import math
@@ -36,17 +37,16 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="seed of that draw")
     add("--limit", type=int, help="stop after so many rows")
     add("--skip-bad", action="store_true", help="leave bad rows out and count them; default: stop")
-    add("--keep", type=_keep, action="append", help=argparse.SUPPRESS)
-    add("--peek", type=_peek, help=argparse.SUPPRESS)
+    instead = "every field is carried over by itself; --drop NAME leaves one out, --as-text NAME makes JSON text of one"
+    add("--keep", type=_gone(instead), help=argparse.SUPPRESS)
+    add("--peek", type=_gone("the columns' types come from all rows now: leave it out"), help=argparse.SUPPRESS)
 
 
-def _keep(spec: str):
-    problem = "every field is carried over by itself; --drop NAME leaves one out"
-    raise argparse.ArgumentTypeError(f"{problem}, --as-text NAME writes one as JSON text (for --keep {spec}: leave it)")
+def _gone(instead: str):
+    def refuse(value: str):
+        raise argparse.ArgumentTypeError(instead)
 
-
-def _peek(rows: str):
-    raise argparse.ArgumentTypeError("the columns' types come from all rows now: leave it out")
+    return refuse
 
 
 def add_eval_set(parser: argparse.ArgumentParser) -> None:
@@ -107,13 +107,10 @@ def _add_rendering(parser: argparse.ArgumentParser) -> None:
 
 
 def _json_object(text: str) -> dict:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text[:80]!r}: {error}") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text[:80]!r}")
-    return value
+    with contextlib.suppress(ValueError):
+        if isinstance(value := json.loads(text), dict):
+            return value
+    raise argparse.ArgumentTypeError(f"must be a JSON object, got {text[:80]!r}")
 
 
 # name: its module's `run`, its options, what it does
@@ -151,18 +148,15 @@ def main(argv: list[str]) -> int:
 
 def check_numbers(args: argparse.Namespace) -> None:
     """Raise `UserError` for numbers that make no sense, all of them at once."""
-    options = vars(args)
-    least = [(name, options.get(name), low) for name, low in _LEAST.items()]
-    problems = [
-        f"--{name.replace('_', '-')} must be {low} or more, got {value}"
-        for name, value, low in least
-        if value is not None and value < low
-    ]
-    if not 0 < options.get("val_share", 0.5) < 1:
+    values, problems = {name: value for name, value in vars(args).items() if value is not None}, []
+    for name, least in _LEAST.items():
+        if values.get(name, least) < least:
+            problems.append(f"--{name.replace('_', '-')} must be {least} or more, got {values[name]}")
+    if not 0 < values.get("val_share", 0.5) < 1:
         problems.append(f"--val-share must lie between 0 and 1, got {args.val_share:g}")
-    if not 0 <= options.get("tolerance", 0) <= 1:
+    if not 0 <= values.get("tolerance", 0) <= 1:
         problems.append(f"--tolerance is a share, from 0 to 1, got {args.tolerance:g}")
-    if not math.isfinite(options.get("success", 0)):
+    if not math.isfinite(values.get("success", 0)):
         problems.append(f"--success must be a finite number, got {args.success}")
     if problems:
         raise UserError("; ".join(problems))

@@ -16,17 +16,20 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from verl_hpt.data.formats import FORMATS, JSON_FIELDS, Layout, Row, detect, encodable, opened, read
+from tqdm import tqdm
+
+from verl_hpt.data.formats import FORMATS, JSON_FIELDS, Layout, detect, encodable, opened, read
 from verl_hpt.data.questions import question_text
-from verl_hpt.data.read import BadRow, count_rows, read_rows
+from verl_hpt.data.read import BadRow, Row, Skip, count_rows, read_rows, stop
 from verl_hpt.data.write import Writer, groups, schema_of
 from verl_hpt.demos.demonstration import plain
 from verl_hpt.demos.select import stable_hash
 from verl_hpt.errors import UserError
 
 _NAMES = 1000  # names of fields, and kinds of bad rows, that are told apart
+_READ_BY = {"prompt": "--prompt-key", "target": "--demo-key", "reward_model.ground_truth": "--answer-key"}
 _MARKS = re.compile(r"<<[^<>\n]*>>")
 
 
@@ -42,57 +45,31 @@ class Options:
     strip_calculator: bool = False
 
 
-class Made(NamedTuple):
-    """A row in verl's form, `target` as a list of demonstrations, with the row it was made of."""
-
-    values: dict[str, Any]
-    row: Row
-    layout: Layout
-
-    def bad(self, path: str, problem: str) -> BadRow:
-        """`path` in the row made, as a problem of a field of the file."""
-        root, dot, rest = path.partition(".")
-        root = {"prompt": self.layout.prompt, "target": self.layout.demo or self.layout.prompt}.get(root, root)
-        name, remedy = f"{root}{dot}{rest}", ""
-        if not re.search("surrogate|binary", problem):  # JSON text would not help
-            remedy = f"--as-text {name} writes it as JSON text, "
-        return self.row.bad(name, f"{problem}: {remedy}--drop {name} leaves it out")
-
-
 def to_verl(row: Row, layout: Layout, options: Options) -> dict[str, Any]:
     """The row in verl's form without its further fields; raises `BadRow`."""
-    question = read(row, layout)
-    prompt, demos = question.prompt, question.demos
+    prompt, demos, truth = read(row, layout)
     if options.drop_system or options.system is not None:
         prompt = [message for message in prompt if message["role"] != "system"]
     if options.system is not None:
         prompt = [{"role": "system", "content": options.system}, *prompt]
     if options.suffix:
         prompt = [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + options.suffix}]
+    demos = [[{"role": "assistant", "content": demo}] if isinstance(demo, str) else demo for demo in demos]
     if options.strip_calculator:
-        demos = [_without_marks(demo) for demo in demos]
+        demos = [demo and [{**m, "content": _MARKS.sub("", m["content"])} for m in demo] for demo in demos]
     name = row.file.replace("\\", "/").split("/")[-1]
     source = options.data_source or plain(row.get("data_source"))
     if source is not None and (isinstance(source, bool) or not isinstance(source, str | int)):
         raise row.bad("data_source", f"must be text, got {type(source).__name__}")
     ability, style = row.get("ability"), row.get("reward_model.style")
     return {
-        "data_source": str(source or FORMATS[layout.format].data_source or re.sub(r"\..*$", "", name)),
+        "data_source": str(source or FORMATS[layout.format].data_source or name.split(".")[0]),
         "prompt": prompt,
         "ability": options.ability or (ability if isinstance(ability, str) else "math"),
-        "reward_model": {
-            "style": style if style and isinstance(style, str) else "rule",
-            "ground_truth": question.truth,
-        },
+        "reward_model": {"style": style if style and isinstance(style, str) else "rule", "ground_truth": truth},
         "extra_info": {"file": name, "row": row.number},
-        "target": [[{"role": "assistant", "content": demo}] if isinstance(demo, str) else demo for demo in demos],
+        "target": demos,
     }
-
-
-def _without_marks(demo: Any) -> Any:
-    if isinstance(demo, str):
-        return _MARKS.sub("", demo)
-    return [{**message, "content": _MARKS.sub("", message["content"])} for message in demo] if demo else demo
 
 
 def carry(made: dict, row: Row, layout: Layout, options: Options) -> None:
@@ -102,7 +79,7 @@ def carry(made: dict, row: Row, layout: Layout, options: Options) -> None:
         read_whole.add(layout.system)
     for name, value in row.values.items():
         encodable(row, name, name)
-        value = plain(value)
+        value, taken = plain(value), []
         if name in read_whole or (name in made and not value):
             continue
         if name in ("extra_info", "reward_model") and not isinstance(value, dict):
@@ -111,27 +88,21 @@ def carry(made: dict, row: Row, layout: Layout, options: Options) -> None:
         if name == "extra_info":
             made[name] |= value
         elif name == "reward_model":
-            for key in ("style", "ground_truth"):
-                if value.get(key) and value[key] != made[name][key] and layout.truth != f"{name}.{key}":
-                    raise _taken(row, f"{name}.{key}")
+            taken = [
+                f"{name}.{key}" for key, of_ours in made[name].items() if value.get(key) not in (None, "", of_ours)
+            ]
             made[name] = {**value, **made[name]}
         elif name == "ability":
-            if not isinstance(value, str) and not options.ability:
-                raise _taken(row, name)
+            taken = [] if isinstance(value, str) or options.ability else [name]
         elif name in made:
-            unread = [f"{name}.{key}" for key in value] if isinstance(value, dict) else [name]
-            for path in unread:
-                if path not in read_whole:
-                    raise _taken(row, path)
+            taken = [f"{name}.{key}" for key in value] if isinstance(value, dict) else [name]
         else:
             made[name] = value
-
-
-def _taken(row: Row, path: str) -> BadRow:
-    options = {"prompt": "--prompt-key", "target": "--demo-key", "reward_model.ground_truth": "--answer-key"}
-    remedy = f"{options[path]} {path} reads this one, " if path in options else ""
-    value = repr(row.get(path))[:80]
-    return row.bad(path, f"convert writes that field itself, not {value}: {remedy}--drop {path} leaves it out")
+        for path in taken:
+            if path not in read_whole:
+                remedy = f"{_READ_BY[path]} {path} reads this one, " if path in _READ_BY else ""
+                problem = f"convert writes that field itself, not {str(row.get(path))[:80]!r}"
+                raise row.bad(path, f"{problem}: {remedy}--drop {path} leaves it out")
 
 
 @dataclass
@@ -141,8 +112,8 @@ class Log:
     skipping: bool
     layouts: dict[str, Layout] = field(default_factory=dict)  # by file
     fields: dict[str, dict[str, None]] = field(default_factory=dict)  # by file, in order
-    parsed: set[tuple[str, str]] = field(default_factory=set)  # file and field that held JSON text
-    named: set[str] = field(default_factory=set)  # names of --drop and --as-text that a row had
+    parsed: dict[str, set[str]] = field(default_factory=dict)  # by file: fields that held JSON text
+    edited: set[str] = field(default_factory=set)  # names of --drop and --as-text that a row had
     bad: Counter = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
 
@@ -174,17 +145,19 @@ def run(args: argparse.Namespace) -> int:
     if len({os.path.realpath(p) for p in (*args.inputs, *outputs)}) != len(args.inputs) + len(outputs):
         raise UserError("inputs, OUT and --val must be different files, and none an output's name with .part after it")
     log = Log(args.skip_bad)
-    first_pass = groups(_rows(args, log, log.skip), lambda made: made.values)
-    schema = schema_of(([_with_index(made.values) for made in group] for group in first_pass), args.several)
+    rows = itertools.islice(_rows(args, log, log.skip), args.limit)
+    schema = schema_of(([row.values for row in group] for group in groups(rows)), args.several)
     for option, names in (("--drop", args.drop), ("--as-text", args.as_text)):
-        for name in names:
-            if name not in log.named:
-                known = _listed([*dict.fromkeys(field for fields in log.fields.values() for field in fields)])
-                raise UserError(f"{option} {name}: no row has such a field; they have {known}")
-    if schema is None:
-        raise _nothing(log)
-    counts, sources, demos = _write(args, _rows(args, log, lambda bad: None), schema, log)
-    log.print_skipped()
+        if missing := [name for name in names if name not in log.edited]:
+            known = _listed([*{name: None for names in log.fields.values() for name in names}])
+            raise UserError(f"{option} {', '.join(missing)}: no row has such a field; they have {known}")
+    try:
+        rows = itertools.islice(_rows(args, log, (lambda bad: None) if args.skip_bad else stop), args.limit)
+        counts, sources, demos = _write(args, rows, schema, log) if schema is not None else ({}, {}, {})
+    finally:
+        log.print_skipped()
+    if not sources:
+        raise UserError("no row was written: all are bad" if log.bad else "no rows to write")
     print(f"{args.out}: {counts['train']} rows" + (f"; {args.val}: {counts['val']} rows" if args.val else ""))
     print(f"{demos.total()} demonstrations; {counts['without']} questions without one")
     print("data_source: " + ", ".join(f"{name} {n}" for name, n in sources.most_common(20)))
@@ -200,93 +173,95 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _with_index(values: dict) -> dict:
-    """The row as its columns' types see it: `Writer.write` gives it an index and a split where it has none."""
-    return {**values, "extra_info": {"index": 0, "split": "train", **values["extra_info"]}}
-
-
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - 40} more" if len(names) > 40 else ""
     return ", ".join(f"`{name}`" for name in names[:40]) + more
 
 
-def _write(args: argparse.Namespace, rows: Iterator[Made], schema, log: Log) -> tuple[Counter, Counter, Counter]:
+def _write(args: argparse.Namespace, rows: Iterator[Row], schema, log: Log) -> tuple[Counter, Counter, Counter]:
     """Write the rows; without any, no file. Counts of rows, of rows by data_source, of demonstrations by file."""
     counts, sources, demos = Counter(), Counter(), Counter()
     with contextlib.ExitStack() as stack:
         paths = {"train": args.out, "val": args.val}
         writers = {split: stack.enter_context(Writer(path, schema)) for split, path in paths.items() if path}
-        for group in groups(rows, lambda made: made.values):
-            parts: dict[str, list[Made]] = {split: [] for split in writers}
-            for made in group:
-                val = args.val and in_validation(made.values["prompt"], args.val_share, args.seed)
-                parts["val" if val else "train"].append(made)
+        for group in groups(rows):
+            parts: dict[str, list[Row]] = {split: [] for split in writers}
+            for row in group:
+                val = args.val and in_validation(row.values["prompt"], args.val_share, args.seed)
+                parts["val" if val else "train"].append(row)
             for split, part in parts.items():
-                while part and (changed := writers[split].write([made.values for made in part], split)):
+                while part and (changed := writers[split].write([row.values for row in part], split)):
                     for position, path, problem in changed:
-                        log.skip(part[position].bad(path, problem))
+                        log.skip(_changed(part[position], log.layouts[part[position].file], path, problem))
                     positions = {position for position, *_ in changed}
-                    part = [made for i, made in enumerate(part) if i not in positions]
+                    part = [row for i, row in enumerate(part) if i not in positions]
                 counts[split] += len(part)
-                for made in part:
-                    count = sum(demo is not None for demo in made.values["target"])
-                    demos[made.row.file] += count
+                for row in part:
+                    count = sum(demo is not None for demo in row.values["target"])
+                    demos[row.file] += count
                     counts["without"] += not count
-                    sources[made.values["data_source"]] += 1
+                    sources[row.values["data_source"]] += 1
         if not sources:
-            raise _nothing(log)
+            stack.pop_all().__exit__(UserError, None, None)  # no file for no rows
     return counts, sources, demos
 
 
-def _nothing(log: Log) -> UserError:
-    log.print_skipped()
-    return UserError("no row was written: all are bad" if log.bad else "no rows to write")
+def _changed(row: Row, layout: Layout, path: str, problem: str) -> BadRow:
+    """What is wrong at `path` in the row made, as a problem of a field of the file."""
+    root, dot, rest = path.partition(".")
+    root = {"prompt": layout.prompt, "target": layout.demo or layout.prompt}.get(root, root)
+    name, remedy = f"{root}{dot}{rest}", ""
+    if not re.search("surrogate|binary", problem):  # JSON text would not help
+        remedy = f"--as-text {name} writes it as JSON text, "
+    return row.bad(name, f"{problem}: {remedy}--drop {name} leaves it out")
 
 
-def _rows(args: argparse.Namespace, log: Log, skip) -> Iterator[Made]:
-    """The inputs' rows, converted, --limit of them; bad ones go to `skip`."""
-    return itertools.islice(_all_rows(args, log, skip), args.limit)
-
-
-def _all_rows(args: argparse.Namespace, log: Log, skip) -> Iterator[Made]:
-    from tqdm import tqdm
-
+def _rows(args: argparse.Namespace, log: Log, skip: Skip) -> Iterator[Row]:
+    """The inputs' rows, converted; bad ones go to `skip`."""
     options = Options(**{f.name: getattr(args, f.name) for f in fields(Options)})
     known = JSON_FIELDS | {key for key in (args.prompt_key, args.demo_key) if key}
     for source in args.inputs:
-        names = log.fields.setdefault(source, {})
-        rows = read_rows(source, skip)
-        for number, values in tqdm(rows, total=count_rows(source), unit=" rows", desc=Path(source).name, disable=None):
+        names, total, name = log.fields.setdefault(source, {}), count_rows(source), Path(source).name
+        for row in tqdm(read_rows(source, skip), total=total, unit=" rows", desc=name, disable=None):
             if len(names) < _NAMES:
-                names.update(dict.fromkeys(values))
-            values, parsed = opened(values, known)
-            for name in sorted({(source, name) for name in parsed} - log.parsed):
-                print(f"{source}: `{name[1]}` holds its messages or fields as JSON text: parsed")
-                log.parsed.add(name)
-            row = Row(source, number, values)
+                names.update(dict.fromkeys(row.values))
+            values, parsed = opened(row.values, known)
+            for name in sorted({*parsed} - log.parsed.setdefault(source, set())):
+                print(f"{source}: `{name}` holds its messages or fields as JSON text: parsed")
+                log.parsed[source].add(name)
+            row = row._replace(values=values)
             try:
-                _edit(args, row, log.named)
-                if source not in log.layouts:
-                    log.layouts[source] = _layout(args, row)
-                    print(f"{source}: {log.layouts[source]}")
-                layout = log.layouts[source]
+                _edit(args, row, log.edited)
+                layout = log.layouts.get(source) or _layout(args, row)
+                log.layouts[source] = layout
                 made = to_verl(row, layout, options)
                 carry(made, row, layout, options)
             except BadRow as bad:
                 skip(bad)
                 continue
-            yield Made(made, row, layout)
+            yield row._replace(values=made)
 
 
-def _edit(args: argparse.Namespace, row: Row, named: set[str]) -> None:
+def _layout(args: argparse.Namespace, row: Row) -> Layout:
+    layout = detect(row, args.prompt_key, args.demo_key, args.answer_key)
+    if args.format not in ("auto", layout.format):
+        raise UserError(
+            f"{row.file}: --format {args.format}, but its fields ({row.fields()}) are those of `{layout.format}`; "
+            "leave --format out, or name the fields: --prompt-key, --demo-key, --answer-key"
+        )
+    print(f"{row.file}: {layout}")
+    return layout
+
+
+def _edit(args: argparse.Namespace, row: Row, edited: set[str]) -> None:
     """Do what --drop and --as-text say."""
     for name in args.drop:
         for holder, key in _holders(row.values, name):
             del holder[key]
-            named.add(name)
+            edited.add(name)
     for name in args.as_text:
         for holder, key in _holders(row.values, name):
-            named.add(name)
+            edited.add(name)
             if holder[key] is not None and not isinstance(holder[key], str):
                 try:
                     holder[key] = json.dumps(plain(holder[key]), ensure_ascii=False)
@@ -303,16 +278,6 @@ def _holders(value: Any, path: str) -> list[tuple[dict, str]]:
         return [(value, path)] if isinstance(value, dict) else []
     name, _, rest = path.partition(".")
     return _holders(value.get(name), rest) if rest else []
-
-
-def _layout(args: argparse.Namespace, row: Row) -> Layout:
-    layout = detect(row, args.prompt_key, args.demo_key, args.answer_key)
-    if args.format not in ("auto", layout.format):
-        raise UserError(
-            f"{row.file}: --format {args.format}, but its fields ({row.names()}) are those of `{layout.format}`; "
-            "leave --format out, or name the fields: --prompt-key, --demo-key, --answer-key"
-        )
-    return layout
 
 
 def in_validation(prompt: Any, share: float, seed: int) -> bool:

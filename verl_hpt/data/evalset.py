@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from verl_hpt.data.convert import Options, to_verl
-from verl_hpt.data.formats import Row, detect
+from verl_hpt.data.formats import detect
 from verl_hpt.data.read import BadRow, read_rows
 from verl_hpt.data.write import Writer, schema_of
 from verl_hpt.errors import UserError
@@ -25,15 +25,12 @@ def run(args: argparse.Namespace) -> int:
         suffix = default if args.suffix is None else args.suffix
         options = Options(data_source=name, system=args.system, suffix=suffix)
         layout, rows = None, []
-        for number, values in read_rows(source):
-            row = Row(source, number, values)
+        for row in read_rows(source):
             layout = layout or detect(row)
             if layout.truth is None:
                 raise row.bad("answer", "no expected answer found")
             made = to_verl(row, layout, options)
-            made["extra_info"] = {"index": 0, "split": "test", **made["extra_info"]}
-            made["target"] = []
-            rows += [{**made, "extra_info": {**made["extra_info"], "index": len(rows) + i}} for i in range(args.repeat)]
+            rows += [{**made, "target": []}] * args.repeat
         with Writer(out, schema_of([rows], False)) as writer:
             for position, path, problem in writer.write(rows, "test"):
                 raise BadRow(source, rows[position]["extra_info"]["row"], path, problem)

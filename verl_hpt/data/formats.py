@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from verl_hpt.data.read import BadRow, unwrap_hint
+from verl_hpt.data.read import Row, unwrap_hint
 from verl_hpt.demos.demonstration import demonstrations, plain
 from verl_hpt.reward import last_boxed, unboxed
 
@@ -20,27 +20,6 @@ CHAT_KEYS = ("messages", "conversations")
 JSON_FIELDS = {*CHAT_KEYS, *PROMPT_KEYS, *DEMO_KEYS, "reward_model"}  # read where they hold JSON text
 _NEEDED = "the reward needs one: --answer-key names its field, `data convert --skip-bad` leaves such rows out"
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
-
-
-class Row(NamedTuple):
-    """A row of a file; number from 1."""
-
-    file: str
-    number: int
-    values: dict[str, Any]
-
-    def bad(self, field: str | None, problem: str) -> BadRow:
-        return BadRow(self.file, self.number, field, problem)
-
-    def names(self) -> str:
-        return ", ".join(f"`{name}`" for name in self.values) or "no fields"
-
-    def get(self, path: str | None) -> Any:
-        """The value at `a` or `a.b`, None where a part is missing."""
-        value = self.values
-        for part in (path or "").split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        return value
 
 
 @dataclass(frozen=True)
@@ -99,13 +78,13 @@ def detect(row: Row, prompt: str | None = None, demo: str | None = None, truth: 
     hint = unwrap_hint(row.file, wrapped[0]) if wrapped else ""
     for option, key in (("--prompt-key", prompt), ("--demo-key", demo), ("--answer-key", truth)):
         if key is not None and key.split(".")[0] not in row.values:
-            raise row.bad(key, f"no such field ({option}); the row has {row.names()}{hint}")
+            raise row.bad(key, f"no such field ({option}); the row has {row.fields()}{hint}")
     for name, form in FORMATS.items():
         layout = form.detect(row.values, Layout(prompt, demo, truth))
         if layout is not None:
             return replace(layout, format=name)
     known = ", ".join((*PROMPT_KEYS, *CHAT_KEYS))
-    raise row.bad("prompt", f"no question found; known names: {known}; the row has {row.names()}: --prompt-key{hint}")
+    raise row.bad("prompt", f"no question found; known names: {known}; the row has {row.fields()}: --prompt-key{hint}")
 
 
 def read(row: Row, layout: Layout) -> Question:
@@ -116,33 +95,30 @@ def read(row: Row, layout: Layout) -> Question:
     return question
 
 
-def by_name(values: dict, named: Layout, *needed: str) -> Layout | None:
+def by_name(values: dict, keys: Layout, *needed: str) -> Layout | None:
     """The fields under known names, where the user named no others; None without a question or a `needed` one."""
-    prompt = named.prompt or _first(values, PROMPT_KEYS)
+    names, prompt, demo = _any_case(values), keys.prompt or _first(values, PROMPT_KEYS), keys.demo
     if prompt is None:
         return None
-    demo, truth = named.demo, named.truth
     if demo is None:
-        answers = _present(values, "answers")  # a list of them is of demonstrations, unless it was named as the truth
-        listed = answers != truth and isinstance(values.get(answers), list)
+        answers = names.get("answers")  # a list of them is of demonstrations, unless it was named as the truth
+        listed = answers != keys.truth and isinstance(values.get(answers), list)
         demo = _first(values, DEMO_KEYS, (prompt, None if listed else answers))
-    truth = truth or _first(values, TRUTH_KEYS, (prompt, demo))
-    context = None
-    if prompt.lower() == "instruction":
-        context = _present(values, "input") or "input"  # the first row may lack it
-        context = None if context in (demo, truth) else context
-    layout = Layout(prompt, demo, truth, context)
+    truth = keys.truth or _first(values, TRUTH_KEYS, (prompt, demo))
+    context = names.get("input", "input") if prompt.lower() == "instruction" else None  # the first row may lack it
+    layout = Layout(prompt, demo, truth, None if context in (demo, truth) else context)
     return layout if all(getattr(layout, name) for name in needed) else None
 
 
-def _present(values: dict, key: str) -> str | None:
-    """The row's name for a known field: the same, else the same in other letter case."""
-    return key if key in values else next((name for name in values if name.lower() == key), None)
+def _any_case(values: dict) -> dict[str, str]:
+    """The row's names for fields known in lower case: the same, else the first in other letter case."""
+    return {**{name.lower(): name for name in reversed(values)}, **{name: name for name in values}}
 
 
 def _first(values: dict, keys: tuple, taken: tuple = ()) -> str | None:
     """The first of the fields that has a value, else the first that there is."""
-    found = [key if "." in key else _present(values, key) for key in keys]
+    names = _any_case(values)
+    found = [key if "." in key else names.get(key) for key in keys]
     found = [key for key in found if key is not None and key not in taken]
     filled = (key for key in found if Row("", 0, values).get(key) is not None)
     return next(filled, None) or next((key for key in found if key in values), None)
@@ -165,7 +141,7 @@ def _prompt_and_demos(row: Row, layout: Layout) -> tuple[list[dict], list[Any]]:
         if not any(message["role"] == "user" for message in prompt):
             raise row.bad(layout.prompt, "no message of the user")
     if layout.demo is not None and layout.demo.split(".")[0] not in row.values:
-        raise row.bad(layout.demo, f"missing; earlier rows had it, this one has {row.names()}")
+        raise row.bad(layout.demo, f"missing; earlier rows had it, this one has {row.fields()}")
     return prompt, _demos(row, layout)
 
 
@@ -175,14 +151,13 @@ def _read_fields(row: Row, layout: Layout) -> Question:
     return Question(prompt, demos, _expected_answer(row, layout, demos))
 
 
-def _detect_chat(values: dict, named: Layout) -> Layout | None:
-    chat = next(
-        (key for key in (_present(values, key) for key in CHAT_KEYS) if isinstance(values.get(key), list)), None
-    )
-    if chat is None or named.prompt is not None or _present(values, "prompt") is not None:
+def _detect_chat(values: dict, keys: Layout) -> Layout | None:
+    names = _any_case(values)
+    chat = next((names[key] for key in CHAT_KEYS if key in names and isinstance(values[names[key]], list)), None)
+    if chat is None or keys.prompt is not None or "prompt" in names:
         return None
-    truth = named.truth or _first(values, TRUTH_KEYS)
-    return Layout(chat, named.demo, truth, system=_present(values, "system") or "system")  # the first row may lack it
+    truth = keys.truth or _first(values, TRUTH_KEYS)
+    return Layout(chat, keys.demo, truth, system=names.get("system", "system"))  # the first row may lack it
 
 
 def _read_chat(row: Row, layout: Layout) -> Question:
@@ -199,12 +174,17 @@ def _read_chat(row: Row, layout: Layout) -> Question:
     return Question(prompt, demos, _expected_answer(row, layout, demos))
 
 
-def _detect_four_hash(values: dict, named: Layout) -> Layout | None:
-    layout, answer = by_name(values, named), _present(values, "answer")
+def _detect_four_hash(values: dict, keys: Layout) -> Layout | None:
+    layout, answer = by_name(values, keys), _any_case(values).get("answer")
     text = values.get(answer)
-    if layout is None or layout.demo or named.truth or not isinstance(text, str) or "####" not in text:
+    if layout is None or layout.demo or keys.truth or not isinstance(text, str) or "####" not in text:
         return None
     return Layout(layout.prompt, answer, answer)
+
+
+def _detect_luffy(values: dict, keys: Layout) -> Layout | None:
+    is_verls = isinstance(values.get("reward_model"), dict) and not keys.demo
+    return by_name(values, keys, "demo") if is_verls else None
 
 
 def _read_four_hash(row: Row, layout: Layout) -> Question:
@@ -250,7 +230,7 @@ def _messages(row: Row, key: str, value: Any) -> list[dict]:
             raise row.bad(f"{key}[{i}].tool_calls", "must be a list of calls, each with a function and its name")
         if content is None and calls:
             content = ""
-        if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+        if isinstance(content, list) and all(map(_is_text_part, content)):
             content = "".join(part["text"] for part in content)
         if not isinstance(content, str):
             raise row.bad(f"{key}[{i}].content", f"must be text, got {type(content).__name__}")
@@ -258,6 +238,11 @@ def _messages(row: Row, key: str, value: Any) -> list[dict]:
         calls = {} if calls is None else {"tool_calls": [_call(call) for call in calls]}
         messages.append({"role": role, "content": encodable(row, f"{key}[{i}].content", content), **further, **calls})
     return messages
+
+
+def _is_text_part(part: Any) -> bool:
+    """Whether joining the texts of such parts loses nothing."""
+    return isinstance(part, dict) and isinstance(part.get("text"), str) and part.keys() <= {"type", "text"}
 
 
 def _is_call(call: Any) -> bool:
@@ -317,35 +302,32 @@ FORMATS: dict[str, Format] = {  # the first that recognises a row reads its file
         data_source="openai/gsm8k",  # the name that chooses the grader for this form
         truth="what follows #### in `{}`",
     ),
-    "luffy": Format(
-        lambda values, named: (
-            by_name(values, named, "demo") if isinstance(values.get("reward_model"), dict) and not named.demo else None
-        ),
-        _read_fields,
-    ),
-    "qa": Format(lambda values, named: by_name(values, named, "demo", "truth"), _read_fields),
-    "plain": Format(lambda values, named: by_name(values, named, "demo"), _read_fields),
+    "luffy": Format(_detect_luffy, _read_fields),
+    "qa": Format(lambda values, keys: by_name(values, keys, "demo", "truth"), _read_fields),
+    "plain": Format(lambda values, keys: by_name(values, keys, "demo"), _read_fields),
     "questions": Format(by_name, _read_fields, truth="none"),
 }
 
 
 def opened(values: dict, keys: set[str]) -> tuple[dict, list[str]]:
     """The row with chats (and a reward_model) that stand in it as JSON text parsed, and the names of those fields."""
-    parsed = {}
-    for name, value in values.items():
-        if not isinstance(value, str | list) or not (name in keys or name.lower() in keys):
-            continue
-        asks = name.lower() in (*PROMPT_KEYS, *CHAT_KEYS)
-        new = _chat(value, asks)
-        if name == "reward_model":
-            new = _loaded(value)
-            new = new if isinstance(new, dict) and "ground_truth" in new else None
-        elif isinstance(value, list) and any(_chat(item, asks) for item in value):
-            new = [_chat(item, asks) or item for item in value]
-            new = [m for item in new for m in (item if isinstance(item, list) else [item])] if asks else new
-        if new is not None:
-            parsed[name] = new
-    return ({**values, **parsed}, list(parsed)) if parsed else (values, [])
+    known = [name for name in values if name in keys or name.lower() in keys]
+    parsed = {name: new for name in known if (new := _parsed(name.lower(), values[name])) is not None}
+    return {**values, **parsed}, list(parsed)
+
+
+def _parsed(name: str, value: Any) -> Any:
+    """The chat (or the reward_model) that a text, or the texts of a list, hold as JSON; None where they hold none."""
+    asks = name in (*PROMPT_KEYS, *CHAT_KEYS)
+    if name == "reward_model":
+        new = _loaded(value)
+        return new if isinstance(new, dict) and "ground_truth" in new else None
+    if not isinstance(value, list):
+        return _chat(value, asks)
+    new = [_chat(item, asks) or item for item in value]
+    if all(before is after for before, after in zip(value, new, strict=True)):
+        return None
+    return [m for item in new for m in (item if isinstance(item, list) else [item])] if asks else new
 
 
 def _loaded(text: Any) -> Any:

@@ -15,16 +15,16 @@ from verl_hpt.errors import UserError
 Grade = Callable[[str, str, Any, dict], tuple[float | None, str, bool]]
 
 
-def load_reward(given: str | None, kwargs: dict) -> Grade | None:
+def load_reward(reward: str | None, kwargs: dict) -> Grade | None:
     """A function (source, text, truth, extra_info) → (score or None, problem, grading failed); None for `none`."""
-    if given == "none":
+    if reward == "none":
         return None
-    if given is None or given == "shipped":
+    if reward is None or reward == "shipped":
         from verl_hpt.reward import compute_score as function
 
         kwargs = {"workers": max(2, os.cpu_count() or 2), **kwargs}
     else:
-        path, _, name = given.partition(":") if not Path(given).is_file() else (given, "", "")
+        path, _, name = reward.partition(":") if not Path(reward).is_file() else (reward, "", "")
         function = _function(path, name or "compute_score")
 
     def grade(source: str, text: str, truth: Any, info: dict) -> tuple[float | None, str, bool]:
@@ -59,6 +59,6 @@ def _function(path: str, name: str):
     except Exception as error:  # the user's own code
         raise UserError(f"--reward {path}: importing it fails: {type(error).__name__}: {error}") from None
     if not callable(getattr(module, name, None)):
-        there = ", ".join(n for n, v in vars(module).items() if inspect.isfunction(v)) or "none"
-        raise UserError(f"--reward {path}: has no function {name}; it has: {there}")
+        functions = ", ".join(n for n, v in vars(module).items() if inspect.isfunction(v)) or "none"
+        raise UserError(f"--reward {path}: has no function {name}; it has: {functions}")
     return getattr(module, name)

@@ -1,10 +1,11 @@
 """What is wrong with rows as questions: not verl's form, asked twice, asked in validation too."""
 
 import itertools
+import os
 from typing import Any
 
-from verl_hpt.data.formats import Layout, Row, detect, encodable, opened
-from verl_hpt.data.read import BadRow, read_rows
+from verl_hpt.data.formats import Layout, detect, encodable, opened
+from verl_hpt.data.read import Row, read_rows
 from verl_hpt.data.report import Result
 from verl_hpt.demos.demonstration import plain
 from verl_hpt.demos.select import stable_hash
@@ -19,8 +20,8 @@ def question_text(prompt: Any) -> str:
     return " ".join(str(prompt).casefold().split())
 
 
-def check_form(row: Row, prompt_key: str) -> None:
-    """Raise `BadRow` for a row that is not what verl's dataset and reward loop read."""
+def check_form(row: Row, prompt_key: str) -> list[dict]:
+    """The prompt; raises `BadRow` for a row that is not what verl's dataset and reward loop read."""
     prompt, values = plain(row.values.get(prompt_key)), row.values
     if not isinstance(prompt, list) or not prompt:
         raise row.bad(
@@ -50,6 +51,7 @@ def check_form(row: Row, prompt_key: str) -> None:
         raise row.bad("reward_model.ground_truth", f"the expected answer is missing, got {truth!r}")
     if isinstance(truth, str):
         encodable(row, "reward_model.ground_truth", truth)
+    return prompt
 
 
 class Questions:
@@ -63,81 +65,64 @@ class Questions:
         self.whole: dict[int, int] = {}  # hash of the whole text → row
         self.frame: tuple[str, str] | None = None
 
-    def check(self, result: Result, batch: list[tuple[int, dict]]) -> None:
+    def check(self, result: Result, batch: list[Row]) -> None:
         """Count the batch's duplicates, and duplicates that expect another answer."""
-        texts = [question_text(row["prompt"]) for _, row in batch]
+        texts = [question_text(row.values["prompt"]) for row in batch]
         if self.frame is None:
             self.frame = shared_frame(texts)
-        for (number, row), text in zip(batch, texts, strict=True):
+        for row, text in zip(batch, texts, strict=True):
             key = stable_hash(unframed(text, self.frame))
-            truth = str(plain(row["reward_model"].get("ground_truth"))).strip()
-            self.whole.setdefault(stable_hash(text), number)
-            first, expected = self.known.setdefault(key, (number, truth))
-            if first == number:
+            truth = str(plain(row.get("reward_model.ground_truth"))).strip()
+            self.whole.setdefault(stable_hash(text), row.number)
+            first, expected = self.known.setdefault(key, (row.number, truth))
+            if first == row.number:
                 continue
-            result.found("duplicate", number, "prompt", f"same question as row {first}")
+            result.found("duplicate", row.number, "prompt", f"same question as row {first}")
             if truth != expected:
                 detail = f"expects {truth[:60]!r}, row {first} expects {expected[:60]!r}"
-                result.found("contradiction", number, "reward_model.ground_truth", detail)
+                result.found("contradiction", row.number, "reward_model.ground_truth", detail)
 
     def check_leak(self, result: Result, path: str, prompt_key: str) -> None:
         """Count questions of a validation file that are in the checked file too, whatever the form of either."""
-        layout, frame = None, None
-        rows = read_rows(path)
+        layout, frame, rows = None, None, read_rows(path)
         while batch := list(itertools.islice(rows, 1000)):
             if layout is None:
-                number, row = batch[0]
-                chat = isinstance(plain(row.get(prompt_key)), list)
-                layout = Layout(prompt_key, None, None) if chat else detect(Row(path, number, row))
+                is_chat = isinstance(plain(batch[0].values.get(prompt_key)), list)
+                layout = Layout(prompt_key, None, None) if is_chat else detect(batch[0])
             texts = []
-            for number, row in batch:
-                prompt = plain(opened(row, {layout.prompt})[0].get(layout.prompt))
+            for row in batch:
+                prompt = plain(opened(row.values, {layout.prompt})[0].get(layout.prompt))
                 if not isinstance(prompt, str | list) or not prompt:
-                    raise BadRow(path, number, str(layout.prompt), f"must hold a question, got {prompt!r}"[:200])
+                    raise row.bad(str(layout.prompt), f"must hold a question, got {prompt!r}"[:200])
                 if layout.format == "messages":
-                    prompt = prompt[: 1 + max((i for i, m in enumerate(prompt) if asks(m)), default=-1)]
+                    roles = ((m.get("role") or m.get("from")) if isinstance(m, dict) else None for m in prompt)
+                    users = [i for i, role in enumerate(roles) if role in ("user", "human")]
+                    prompt = prompt[: 1 + max(users, default=-1)]
                 if isinstance(prompt, str) and isinstance(row.get(layout.context), str):
-                    prompt = f"{prompt}\n\n{row[layout.context]}"
+                    prompt = f"{prompt}\n\n{row.get(layout.context)}"
                 texts.append(question_text(prompt))
             frame = frame or shared_frame(texts)
-            for (number, _), text in zip(batch, texts, strict=True):
+            for row, text in zip(batch, texts, strict=True):
                 if (trained := self._row_of(text, frame)) is not None:
-                    result.found("leak", trained, "prompt", f"row {number} of {path} asks the same")
+                    result.found("leak", trained, "prompt", f"row {row.number} of {path} asks the same")
 
     def _row_of(self, text: str, frame: tuple[str, str]) -> int | None:
         """The row that asks the same, with or without what all prompts of either file begin and end with."""
-        for form in (text, unframed(text, frame), unframed(text, self.frame or ("", ""))):
-            number = stable_hash(form)
-            if number in self.whole:
-                return self.whole[number]
-            if number in self.known:
-                return self.known[number][0]
-        return None
-
-
-def asks(message: Any) -> bool:
-    """Whether a chat message is the user's, in either of the two common spellings."""
-    return isinstance(message, dict) and (message.get("role") == "user" or message.get("from") == "human")
+        keys = [stable_hash(form) for form in (text, unframed(text, frame), unframed(text, self.frame or ("", "")))]
+        rows = (self.whole.get(key) or self.known.get(key, (None,))[0] for key in keys)
+        return next(filter(None, rows), None)
 
 
 def shared_frame(texts: list[str]) -> tuple[str, str]:
     """What all of the texts begin and end with, cut at spaces; nothing where there are too few to tell."""
-    different = sorted(set(texts))
-    if len(different) < 5:
+    if len(set(texts)) < 5:
         return "", ""
-    start, end = _common(different), _common(sorted(t[::-1] for t in different))[::-1]
+    common = os.path.commonprefix  # of characters
+    start, end = common(texts), common([text[::-1] for text in texts])[::-1]
     start, end = start[: start.rfind(" ") + 1], end[end.find(" ") :] if " " in end else ""
-    shortest = min(map(len, different))
-    return (start, end) if len(start) + len(end) < shortest else ("", "")
-
-
-def _common(ordered: list[str]) -> str:
-    """What all of some sorted texts begin with: the first and the last differ most."""
-    first, last = ordered[0], ordered[-1]
-    return first[: next((i for i, c in enumerate(first) if last[i : i + 1] != c), len(first))]
+    return (start, end) if len(start) + len(end) < min(map(len, texts)) else ("", "")
 
 
 def unframed(text: str, frame: tuple[str, str]) -> str:
     """The text without the frame, where it has it."""
-    text = text.removeprefix(frame[0]) if frame[0] else text
-    return text.removesuffix(frame[1]) if frame[1] else text
+    return text.removeprefix(frame[0]).removesuffix(frame[1])

@@ -11,7 +11,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +22,7 @@ MAX_ROW_BYTES = 64 * 2**20  # one row of text; anything larger is damage, not da
 _BATCH_BYTES = 8 * 2**20
 _SUFFIXES = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".ndjson")
 _WRAPPED = re.compile(rb'"((?!messages|conversations|prompt|target)[^"\\]{1,60})"\s*:\s*\[\s*\{')
+_BETWEEN = re.compile(r"\s*,?\s*")  # what stands between the rows of a JSON list
 _UNREADABLE = (OSError, EOFError, zlib.error)
 _HUB_NAME = re.compile(r"^\w[\w.-]*/[\w.-]+(?:@[\w.-]+)?(?::[\w\[\]:%+.-]+)?$")
 
@@ -35,6 +36,27 @@ class BadRow(UserError):
         self.file, self.row, self.field, self.problem = str(file), row, field, problem
 
 
+class Row(NamedTuple):
+    """A row of a file; number from 1, the line of a JSONL file."""
+
+    file: str
+    number: int
+    values: dict[str, Any]
+
+    def bad(self, field: str, problem: str) -> BadRow:
+        return BadRow(self.file, self.number, field, problem)
+
+    def fields(self) -> str:
+        return ", ".join(f"`{name}`" for name in self.values) or "no fields"
+
+    def get(self, path: str | None) -> Any:
+        """The value at `a` or `a.b`, None where a part is missing."""
+        value = self.values
+        for part in (path or "").split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+
 Skip = Callable[[BadRow], None]  # what to do with a row that cannot be read: count it, or raise
 
 
@@ -42,8 +64,8 @@ def stop(bad: BadRow) -> None:
     raise bad
 
 
-def read_rows(source: str, skip: Skip = stop) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row number from 1, row) of a file, or of a dataset `owner/name[@config][:split]`; raises `BadRow`.
+def read_rows(source: str, skip: Skip = stop) -> Iterator[Row]:
+    """The rows of a file, or of a dataset `owner/name[@config][:split]`; raises `BadRow`.
 
     A row that cannot be read goes to `skip`, and reading goes on; not so where nobody could tell how many rows the
     damage took.
@@ -65,9 +87,9 @@ def read_rows(source: str, skip: Skip = stop) -> Iterator[tuple[int, dict[str, A
         found = True
         skip(bad)
 
-    for number, row in reader(source, bad_row):
+    for number, values in reader(source, bad_row):
         found = True
-        yield number, row
+        yield Row(source, number, values)
     if not found:
         raise BadRow(source, 0, "(file)", "has no rows")
 
@@ -218,18 +240,16 @@ def _json_rows(source: str, bad_row: Skip) -> Iterator[tuple[int, dict]]:
                 problem = f"cannot be read: {first_line(error)}"
             raise BadRow(source, number + 1, "(row)", problem)
 
-        buffer, at, comma = more(), 0, False
+        buffer = more()
         at = buffer.index("[") + 1
         while True:
-            while at < len(buffer) and (buffer[at].isspace() or (comma and buffer[at] == ",")):
-                comma = comma and buffer[at] != ","
-                at += 1
+            at = _BETWEEN.match(buffer, at).end()
             if buffer.startswith("]", at):
                 if (buffer[at + 1 :] + more()).strip():
                     raise BadRow(source, number + 1, "(file)", "has text after the end of its list")
                 return
             try:
-                row, end = decoder.raw_decode(buffer, at)
+                row, at = decoder.raw_decode(buffer, at)
             except (RecursionError, ValueError):
                 chunk = more()
                 buffer, at = buffer[at:] + chunk, 0
@@ -239,7 +259,7 @@ def _json_rows(source: str, bad_row: Skip) -> Iterator[tuple[int, dict]]:
                     problem = f"is longer than {MAX_ROW_BYTES} characters, or broken"
                     raise BadRow(source, number + 1, "(row)", problem) from None
                 continue
-            number, at, comma = number + 1, end, True
+            number += 1
             if isinstance(row, dict):
                 yield number, row
             else:

@@ -1,9 +1,9 @@
 """Prompts and demonstrations as the run's tokenizer sees them, many at a time."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
+from verl_hpt.data.read import first_line
 from verl_hpt.demos.demonstration import Demonstration, Unusable
 from verl_hpt.demos.encode import end_of_answers
 from verl_hpt.errors import UserError
@@ -15,7 +15,6 @@ class Renderer:
     def __init__(
         self,
         path: str,
-        *,
         option: str = "--tokenizer",
         eos: str | None = None,
         max_length: int | None = None,
@@ -26,27 +25,20 @@ class Renderer:
         from transformers import AutoTokenizer
 
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            self.tokenizer = tokenizer = AutoTokenizer.from_pretrained(path)
         except Exception as error:  # whatever transformers raises for a folder that holds no tokenizer
-            problem = str(error).splitlines()[0][:300]
-            raise UserError(f"{option} {path}: its tokenizer cannot be loaded: {problem}") from None
-        self.kwargs = kwargs or {}
-        self.max_length = max_length
-        self.eos_id, _, self.eos_problem = end_of_answers(self.tokenizer, path, self._eos(eos, path))
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is not None:
-            backend.no_truncation()
-            backend.no_padding()
-        self._backend = backend
-
-    def _eos(self, given: str | None, path: str) -> int | None:
-        if given is None:
-            return None
-        tokenizer = self.tokenizer
-        eos = int(given) if given.lstrip("-").isdigit() else tokenizer.convert_tokens_to_ids(given)
-        if eos is None or eos == tokenizer.unk_token_id or not 0 <= eos < len(tokenizer):
-            raise UserError(f"--eos {given}: the tokenizer at {path} has no such token")
-        return eos
+            raise UserError(f"{option} {path}: its tokenizer cannot be loaded: {first_line(error)}") from None
+        end = eos
+        if eos is not None:
+            end = int(eos) if eos.lstrip("-").isdigit() else tokenizer.convert_tokens_to_ids(eos)
+            if end is None or end == tokenizer.unk_token_id or not 0 <= end < len(tokenizer):
+                raise UserError(f"--eos {eos}: the tokenizer at {path} has no such token")
+        self.kwargs, self.max_length = kwargs or {}, max_length
+        self.eos_id, _, self.eos_problem = end_of_answers(tokenizer, path, end)
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        if self._backend is not None:
+            self._backend.no_truncation()
+            self._backend.no_padding()
 
     def prompt(self, messages: list[dict]) -> str:
         """The text that a rollout starts from; raises `Unusable` where the template refuses the messages."""
@@ -84,26 +76,17 @@ class Renderer:
 
     def beside(self, row: int, ids: list[int], demo: Demonstration) -> dict:
         """One demonstration beside the prompt that its rollouts start from, token for token."""
-        return {
-            "row": row,
-            "prompt_ids": ids,
-            "prompt_tokens": self._spelled(ids),
-            "ids": demo.ids,
-            "tokens": self._spelled(demo.ids),
-            "trained": demo.mask,
-            "eos": self.eos_id,
-            "eos_count": sum(i == self.eos_id and m == 1 for i, m in zip(demo.ids, demo.mask, strict=True)),
-        }
-
-    def _spelled(self, ids: Sequence[int]) -> list[str]:
-        return [self.tokenizer.decode([i], skip_special_tokens=False) for i in ids]
+        prompt, tokens = ([self.tokenizer.decode([i], skip_special_tokens=False) for i in of] for of in (ids, demo.ids))
+        ends = sum(i == self.eos_id and m == 1 for i, m in zip(demo.ids, demo.mask, strict=True))
+        shown = {"row": row, "prompt_ids": ids, "prompt_tokens": prompt, "ids": demo.ids, "tokens": tokens}
+        return {**shown, "trained": demo.mask, "eos": self.eos_id, "eos_count": ends}
 
 
 def renderer(args: argparse.Namespace) -> Renderer:
     """The renderer that the options ask for: --tokenizer, else the tokenizer of --model."""
     option = "--tokenizer" if args.tokenizer else "--model"
-    limit, kwargs = args.max_response_length, args.template_kwargs
-    return Renderer(args.tokenizer or args.model, option=option, eos=args.eos, max_length=limit, kwargs=kwargs)
+    path = args.tokenizer or args.model
+    return Renderer(path, option, args.eos, args.max_response_length, args.template_kwargs)
 
 
 def difference(a: str, b: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from verl_hpt.data.read import Row, first_line
 from verl_hpt.errors import UserError
 
 _GROUP_BYTES, _GROUP_ROWS = 16 * 2**20, 20_000
@@ -21,12 +22,12 @@ _CHAT = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _SCALARS = {int, float, str, type(None)}  # a bool equals a number, so it is compared one by one
 
 
-def groups(rows: Iterable[Any], values: Any = lambda row: row) -> Iterator[list[Any]]:
+def groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
     """The rows in lists of about 16 MiB, as they are held in memory and written."""
     group, size = [], 0
     for row in rows:
         group.append(row)
-        size += _size(values(row))
+        size += _size(row.values)
         if size >= _GROUP_BYTES or len(group) >= _GROUP_ROWS:
             yield group
             group, size = [], 0
@@ -54,6 +55,7 @@ def schema_of(batches: Iterable[list[dict]], several: bool) -> pa.Schema | None:
     kinds: dict[str, pa.DataType] = {}
     for rows in batches:
         several = several or any(len(row["target"]) > 1 for row in rows)
+        rows = [_with_index(row, 0, "") for row in rows]
         for name in dict.fromkeys(name for row in rows for name in row):
             column = [row[name] for row in rows if name in row]
             known = kinds.setdefault(name, pa.list_(_CHAT) if name == "target" else pa.null())
@@ -87,39 +89,29 @@ def _writable(kind: pa.DataType) -> pa.DataType:
 def misfit(value: Any, kind: pa.DataType, path: str = "") -> tuple[str, str] | None:
     """(path, problem) of the first part of a value that the type would drop, change or refuse; None: there is none."""
     try:
+        pa.array([value])  # what no type holds says so by itself
         written = pa.array([value], kind)[0].as_py()
-        problem = None if _same(value, written) else f"{value!r:.80} would become {written!r:.80}: its column is {kind}"
+        if _same(value, written):
+            return None
+        problem = f"{value!r:.80} would become {written!r:.80}: its column is {kind}"
+    except OverflowError:
+        problem = f"is an integer beyond 64 bits, got {value!r:.80}"
+    except UnicodeEncodeError as error:
+        problem = f"character {error.start} is half of a surrogate pair"
     except _ERRORS as error:
-        problem = _refusal(value, kind, error)
-    if problem is None:
-        return None
-    found = None
+        problem = (
+            f"fits no one type with the rows before it, which have {kind}, got {value!r:.80} ({first_line(error)})"
+        )
+        problem = "is always an empty object, which parquet cannot hold" if value in ({}, [{}]) else problem
+    parts = []
     if isinstance(value, dict) and pa.types.is_struct(kind):
         kinds = {field.name: field.type for field in kind}
-        parts = ((value[key], kinds[key], f"{path}.{key}") for key in value if key in kinds)
-        found = next(filter(None, (misfit(*part) for part in parts)), None)
-        dropped = next((key for key in value if key not in kinds and value[key] is not None), None)
-        if found is None and dropped is not None:
-            found = f"{path}.{dropped}", f"would be dropped, its column is {kind}"[:300]
+        parts = [(value[key], kinds[key], f"{path}.{key}") for key in value if key in kinds]
+        for key in value.keys() - kinds.keys():
+            path, problem = f"{path}.{key}", f"would be dropped, its column is {kind}"[:300]
     elif isinstance(value, list) and pa.types.is_list(kind):
-        found = next(filter(None, (misfit(item, kind.value_type, path) for item in value)), None)
-    return found or (path, problem)
-
-
-def _refusal(value: Any, kind: pa.DataType, error: Exception) -> str:
-    try:
-        own = pa.array([value]).type
-    except OverflowError:
-        return f"is an integer beyond 64 bits, got {value!r:.80}"
-    except UnicodeEncodeError as surrogate:
-        return f"character {surrogate.start} is half of a surrogate pair"
-    except _ERRORS as reason:
-        return f"{str(reason).splitlines()[0]:.160}, got {value!r:.80}"
-    if value in ({}, [{}]):
-        return "is an empty object in all rows, which parquet cannot hold"
-    if own == kind or pa.types.is_null(kind):
-        return f"{str(error).splitlines()[0]:.160}, got {value!r:.80}"
-    return f"fits no one type with the rows before it, which have {kind}, got {value!r:.80}"
+        parts = [(item, kind.value_type, path) for item in value]
+    return next(filter(None, (misfit(*part) for part in parts)), (path, problem))
 
 
 def _same(meant: Any, written: Any) -> bool:
@@ -138,7 +130,7 @@ class Writer:
 
     def __init__(self, path: str, schema: pa.Schema):
         self.path, self.part, self.schema, self.count = path, f"{path}.part", schema, 0
-        self.digests: list[int] = []  # of each row group
+        self.digests: list[int | None] = []  # of each row group
         if not path.endswith(".parquet"):
             raise UserError(f"{path}: verl reads parquet by its name; call the output something.parquet")
         if Path(path).is_dir():
@@ -162,23 +154,26 @@ class Writer:
     def __enter__(self) -> "Writer":
         return self
 
-    def __exit__(self, kind, *_: Any) -> None:
-        """Read back what was written, then give the file its name."""
+    def __exit__(self, kind: type | None, *_: Any) -> None:
         try:
-            with self._writing():
-                self.file.close()
-                if kind is None:
-                    self._prove()
-                    os.replace(self.part, self.path)
+            if kind is None:
+                self._finish()
+            else:
+                with contextlib.suppress(OSError, pa.ArrowException):
+                    self.file.close()
         finally:
             self.file.is_open = False  # else it tries once more when it is collected, and prints what it raises
             self._remove()
 
-    def _prove(self) -> None:
-        file = pq.ParquetFile(self.part, page_checksum_verification=True)
-        for group, digest in enumerate(self.digests):
-            if hash(repr(file.read_row_group(group).to_pylist())) != digest:
-                raise UserError(f"{self.path}: row group {group + 1} does not read back as it was written")
+    def _finish(self) -> None:
+        """Read back what was written, then give the file its name."""
+        with self._writing():
+            self.file.close()
+            file = pq.ParquetFile(self.part, page_checksum_verification=True)
+            for group, digest in enumerate(self.digests):
+                if digest is not None and hash(repr(file.read_row_group(group).to_pylist())) != digest:
+                    raise UserError(f"{self.path}: row group {group + 1} does not read back as it was written")
+            os.replace(self.part, self.path)
 
     def write(self, rows: list[dict], split: str) -> list[tuple[int, str, str]]:
         """Write rows as one group. Where some would change: write none, return the position, path and problem of each.
@@ -200,8 +195,8 @@ class Writer:
         return changed
 
     def write_table(self, table: pa.Table, digest: int | None = None) -> None:
-        """Write a table as one group; it is proven to read back equal."""
-        self.digests.append(hash(repr(table.to_pylist())) if digest is None else digest)
+        """Write a table as one group; `digest` of its rows, None: it is not read back."""
+        self.digests.append(digest)
         with self._writing():
             self.file.write_table(table)
         self.count += len(table)
@@ -209,4 +204,8 @@ class Writer:
     def _final(self, row: dict, index: int, split: str) -> dict:
         several = pa.types.is_list(self.schema.field("target").type.value_type)
         target = row["target"] if several else next(iter(row["target"]), None)
-        return {**row, "extra_info": {"index": index, "split": split, **row["extra_info"]}, "target": target}
+        return {**_with_index(row, index, split), "target": target}
+
+
+def _with_index(row: dict, index: int, split: str) -> dict:
+    return {**row, "extra_info": {"index": index, "split": split, **row["extra_info"]}}
