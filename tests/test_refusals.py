@@ -8,11 +8,13 @@ import pytest
 import torch
 from datasets import Dataset
 from test_questions import Letters
+from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
 from verl_config import compose
 
 from verl_hpt.demos.encode import stop_ids
 from verl_hpt.errors import UserError
 from verl_hpt.host.batch import Group
+from verl_hpt.host.contract import FIELDS
 from verl_hpt.host.run import Run
 
 ACTOR = "actor_rollout_ref.actor"
@@ -264,6 +266,25 @@ def test_a_run_without_settings_of_sources_needs_no_column_of_them():
 def test_a_method_without_demonstrations_needs_no_column_of_them():
     assert check(start("++hpt.method=grpo"), prompt=["a"]) == ""
     assert "hpt.demo.key='target': the training data has no such column" in check(start(), prompt=["a"])
+
+
+@pytest.mark.parametrize("name", ["responses", "rm_scores", "advantages", "extra_fields", "hpt_row", "hpt_row_of_mine"])
+def test_a_column_that_would_overwrite_a_field_of_the_rollouts_is_refused(name):
+    """verl's agent loop writes a question's columns over what it sampled (``field.update(kwargs)``)."""
+    text = check(start(), **ROWS, **{name: [1, 2, 3]})
+    if name == "hpt_row_of_mine":
+        assert text == ""
+        return
+    assert text.startswith(f"the training data's column {name!r} has the name of a field of verl's rows")
+    assert "rename it, or leave it out (`verl-hpt data convert --drop NAME`)" in text
+
+
+def test_every_field_that_an_agent_loop_writes_is_kept_for_it():
+    output = AgentLoopOutput(
+        prompt_ids=[1], response_ids=[2], response_mask=[1], response_logprobs=[-1.0], reward_score=1.0, num_turns=2,
+        metrics={}, routed_experts=[[0]], extra_fields={"a": 1},
+    )  # fmt: skip
+    assert output.as_dict().keys() <= set(FIELDS)
 
 
 def test_settings_of_a_source_that_no_row_has_are_refused_with_those_that_there_are():

@@ -112,6 +112,15 @@ CONFIG = tuple(  # path, who reads it
 )
 
 
+# Fields of verl's rows. Its agent loop writes a question's dataset columns over what it sampled, so that a column of
+# such a name would take the field's place; later stages would meet one that has another form than theirs.
+FIELDS = (
+    "prompts", "responses", "response_mask", "rollout_log_probs", "routed_experts", "rm_scores", "num_turns", "metrics",
+    "extra_fields", "token_level_scores", "token_level_rewards", "old_log_probs", "ref_log_prob", "values",
+    "advantages", "returns", "rollout_is_weights", "temperature",
+)  # fmt: skip
+
+
 def verl_version() -> str:
     """Raises UserError: verl is not installed, or not a version that this release knows."""
     try:

@@ -15,7 +15,7 @@ from verl_hpt.demos.read import unpacked
 from verl_hpt.errors import UserError, raise_all
 from verl_hpt.gate import always_demo
 from verl_hpt.history import Lifecycle, identity, names_question
-from verl_hpt.host import advantage, refusals
+from verl_hpt.host import advantage, contract, refusals
 from verl_hpt.host.alarms import Alarms
 from verl_hpt.host.batch import SKIPPED, Group, Reader
 from verl_hpt.loss import ROW_FIELD, TOKEN_FIELDS, LossSpec
@@ -118,13 +118,20 @@ class Run:
             for key, column in self._named_columns().items()
             if column not in columns
         ]
+        fields = {*contract.FIELDS, ROW_FIELD, *TOKEN_FIELDS.values(), SKIPPED}
+        problems += [
+            f"the training data's column {name!r} has the name of a field of verl's rows, and would take its place: "
+            "rename it, or leave it out (`verl-hpt data convert --drop NAME`)"
+            for name in columns
+            if name in fields
+        ]
         if self.settings.per_source:
-            there = sorted({str(plain(source)) for source in table[SOURCE]} if SOURCE in columns else ())
-            shown = ", ".join(there[:10]) + (f" and {len(there) - 10} more" if len(there) > 10 else "")
+            sources = sorted({str(plain(source)) for source in table[SOURCE]} if SOURCE in columns else ())
+            shown = ", ".join(sources[:10]) + (f" and {len(sources) - 10} more" if len(sources) > 10 else "")
             problems += [
                 f"hpt.per_source.{source}: no row of the training data has this data_source; it has {shown or 'none'}"
                 for source in self.settings.per_source
-                if source not in there
+                if source not in sources
             ]
         key = self.settings.question_key
         if key in columns:
