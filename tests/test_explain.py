@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from verl_hpt import gate
 from verl_hpt.cli import main
 from verl_hpt.errors import UserError
 from verl_hpt.tools.explain import explain
@@ -203,3 +204,18 @@ def test_the_flag_is_told_by_help(capsys):
     with pytest.raises(SystemExit):
         main(["explain", "--help"])
     assert "--import-modules" in capsys.readouterr().out
+
+
+def test_a_gate_reads_the_history_that_the_case_gives(monkeypatch):
+    monkeypatch.setitem(gate.GATES, "rested", lambda outcome: gate.RL if outcome.history["uses"] else gate.DEMO)
+    row = {"length": 1, "log_prob": -1.0}
+
+    def zones(**question):
+        question = {"rollouts": [{**row, "reward": 0}], "demos": [row], **question}
+        return {r["zone"] for r in explain({"hpt": {"gate": {"function": "rested"}}, "questions": [question]})["rows"]}
+
+    assert (zones(), zones(history={"drawn": 2}), zones(history={"uses": 1})) == ({"demo"}, {"demo"}, {"rl"})
+    with pytest.raises(UserError, match=r"questions\[0\].history.use: unknown key .* did you mean uses"):
+        zones(history={"use": 1})
+    with pytest.raises(UserError, match=r"questions\[0\].history.uses=-1: must be"):
+        zones(history={"uses": -1})

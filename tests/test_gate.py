@@ -145,6 +145,11 @@ def test_what_becomes_of_a_decision_without_a_usable_demonstration(decision, tra
     assert gate.settle(decision, 1, True, trains_rollouts) == decision
 
 
+def test_a_number_that_is_not_remembered_is_named_with_those_that_are():
+    with pytest.raises(KeyError, match=r"history has no 'taught'; it has solved, rollouts, drawn, failures, uses, "):
+        Outcome(np.zeros(1), GateSettings()).history["taught"]
+
+
 def test_a_gates_name_is_taken_once():
     def linear(solved, n, settings):
         return RL

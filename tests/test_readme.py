@@ -7,6 +7,9 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
+
+from verl_hpt import gate
 from verl_hpt.cli import COMMANDS
 from verl_hpt.host.alarms import ALARMS
 from verl_hpt.methods import METHODS
@@ -19,6 +22,21 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_the_example_of_a_method_is_the_file_that_the_tests_run():
     code = (ROOT / "tests" / "example_method.py").read_text(encoding="utf-8").split('"""\n\n', 1)[1].strip()
     assert f"```python\n{code}\n```" in README
+
+
+def test_the_example_of_a_gate_decides():
+    (code,) = (code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "register_gate" in code)
+    exec(code, {"__name__": "readme"})
+    try:
+        histories = {uses: gate.Remembered({**gate.NEVER_DRAWN, "uses": uses}) for uses in (2, 3)}
+        outcomes = [
+            gate.Outcome(np.array(rewards), gate.GateSettings(function="seldom_solved"), history=history)
+            for rewards in ([1.0, 0.0], [1.0, 1.0])
+            for history in histories.values()
+        ]
+        assert [gate.decide("gate", outcome).zone for outcome in outcomes] == ["demo", "rl", "rl", "rl"]
+    finally:
+        del gate.GATES["seldom_solved"]
 
 
 def test_every_module_is_in_the_file_tree():

@@ -76,9 +76,15 @@ OWN = Decision("own", 0.0, 0.0, 1.0)  # imitates its own correct rollout
 NOTHING = Decision("none", 0.0, 0.0, 0.0)
 
 
-# What is remembered of a question that was never drawn; the names are those of ``history.Record``.
+class Remembered(dict):
+    """Numbers of a question's earlier draws, by the names of ``history.Record``."""
+
+    def __missing__(self, name):
+        raise KeyError(f"history has no {name!r}; it has {', '.join(self)}")
+
+
 _NUMBERS = ("solved", "rollouts", "drawn", "failures", "uses", "drawn_at", "taught_at", "graduated")
-NEVER_DRAWN = dict.fromkeys(_NUMBERS, 0)
+NEVER_DRAWN = Remembered.fromkeys(_NUMBERS, 0)
 
 
 @dataclass(frozen=True)
@@ -90,14 +96,15 @@ class Outcome:
         settings: the gate's, of the question's data source.
         scores: (n,) what ``gate.success`` is compared with (``hpt.gate.metric``); None: rewards.
         cut: (n,) bool, rollouts that were cut at the length limit and therefore never count; None: all count.
-        history: numbers of earlier steps by name (``history.Record``).
+        history: numbers of earlier draws: ``drawn``, ``failures`` (in a row), ``uses`` (draws that trained on
+            demonstrations), ``taught_at`` (step of the last), ``graduated``, … (``history.Record``).
     """
 
     rewards: np.ndarray
     settings: GateSettings
     scores: np.ndarray | None = None
     cut: np.ndarray | None = None
-    history: Mapping[str, float] = field(default_factory=lambda: dict(NEVER_DRAWN))
+    history: Mapping[str, float] = field(default_factory=lambda: NEVER_DRAWN)
 
     @property
     def n(self) -> int:

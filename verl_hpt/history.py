@@ -23,6 +23,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from verl_hpt.config import Settings
 from verl_hpt.demos.demonstration import Demonstration, plain
 from verl_hpt.errors import UserError
+from verl_hpt.gate import NEVER_DRAWN, Remembered
 from verl_hpt.plan import DEMO, Plan, Question
 
 logger = logging.getLogger(__name__)
@@ -90,9 +91,9 @@ class Record:
     graduated: bool = False  # trained on a demonstration and, at a later draw, on its rollouts instead, one solved
     demo_uses: list[Count] = field(default_factory=list)  # uses of each demonstration, by place
 
-    def numbers(self) -> dict[str, int]:
+    def numbers(self) -> Remembered:
         """Those of them that are one number, by name."""
-        return {name: int(getattr(self, name)) for name in FIELDS[1:] if name != "demo_uses"}
+        return Remembered((name, int(getattr(self, name))) for name in NEVER_DRAWN)
 
 
 FIELDS = ("key", *(one.name for one in fields(Record)))

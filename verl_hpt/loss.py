@@ -46,7 +46,8 @@ class Block:
     """What the loss made of a block of rows, for the metrics (``metrics.LOSS_METRICS``). Nothing in it is on the graph.
 
     gradient: (rows, response_len), of the loss on log π_θ. value: (rows,), what each row adds to the loss. is_demo,
-    rl, imitated: (rows,) bool, demonstrations, rows with a weight in the RL sum, rows with one in the SFT sum.
+    rl, imitated: (rows,) bool, demonstrations, rows with a weight in the RL sum, rows with one in the SFT sum. Padding
+    is marked as a demonstration and has an empty mask, so that it counts nowhere.
     """
 
     tokens: Tokens

@@ -9,8 +9,7 @@ from __future__ import annotations
 from verl_hpt import parts
 from verl_hpt.estimator import Estimator, Method, Term
 
-_PPO = Estimator(mask=parts.ppo_clip, reference=parts.old)
-_DR_GRPO = _PPO
+_DR_GRPO = Estimator(parts.ppo_clip, parts.old)
 _GRPO = Estimator(parts.ppo_clip, parts.old, parts.standardized)
 _SFT = Estimator(advantage=parts.unit)
 _OFF = Estimator(reference=parts.one, advantage=parts.reward, likelihood=parts.shaped)

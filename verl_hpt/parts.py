@@ -8,7 +8,9 @@ A method's gradient on one token is ``w · ∇ log π_θ`` with (arXiv 2509.0441
   where it does not (None: the token's value is 0 there);
 - a **reference** returns log π_ref, the denominator (log space);
 - an **advantage** returns Â; one with ``over_group`` has it computed by the plan from the rewards of a question's rows;
-- a **likelihood** returns ``(f/p, f')`` of a function f(p) of the token's probability: (1, 1) for f(p) = p.
+- a **likelihood** returns ``(f/p, f')`` of a function f(p) of the token's probability: (1, 1) for f(p) = p. f/p is read
+  in R terms alone, where the loss shows Â·f(p)/π_ref. Of two ways to the same w take the one whose factors stay finite
+  as p → 0: a weight of √p is reference ``current`` with f' = √p, not reference ``one`` with f' = 1/√p.
 
 Sources are arXiv ids. Formulas were compared with published code where there is some; section and equation numbers come
 from notes on the papers and were not all checked at the source.

@@ -51,7 +51,7 @@ class Question:
     demo_lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
     demo_rewards: np.ndarray = field(default_factory=lambda: np.zeros(0))
     source: str = ""
-    history: Mapping[str, float] = field(default_factory=lambda: dict(gate.NEVER_DRAWN))
+    history: Mapping[str, float] = field(default_factory=lambda: gate.NEVER_DRAWN)
 
     @property
     def scores(self) -> np.ndarray:

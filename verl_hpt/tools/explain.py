@@ -23,12 +23,13 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from verl_hpt import config
 from verl_hpt.demos.demonstration import relative
 from verl_hpt.errors import UserError, raise_all, read
 from verl_hpt.estimator import Method, row_terms
+from verl_hpt.gate import NEVER_DRAWN, Remembered
 from verl_hpt.parts import ON_DEMAND, Constants, Tokens
 from verl_hpt.plan import DEMO, Plan, PlanSettings, Question, plan
 
@@ -87,8 +88,12 @@ class Demonstration(Row):
     token_weights: Weights | None = None
 
 
+History = create_model("History", __config__=STRICT, **dict.fromkeys(NEVER_DRAWN, (int, Field(0, ge=0))))
+
+
 class CaseQuestion(BaseModel):
-    """skipped_rollouts: rollouts that were not sampled (early gate, SFT phase)."""
+    """skipped_rollouts: rollouts that were not sampled (early gate, SFT phase). history: what a gate reads of earlier
+    draws, 0 by default."""
 
     model_config = STRICT
     uid: str | int | None = None
@@ -96,6 +101,7 @@ class CaseQuestion(BaseModel):
     rollouts: list[Rollout] = []
     demos: list[Demonstration] = []
     skipped_rollouts: int = Field(0, ge=0)
+    history: History = History()
 
 
 class Case(BaseModel):
@@ -190,6 +196,7 @@ def _question(question: CaseQuestion, place: int, settings: config.Settings, dem
         truncated=np.array([row.truncated for row in rollouts], dtype=bool),
         skipped_rollouts=question.skipped_rollouts,
         source=str(question.source),
+        history=Remembered(question.history),
     )
 
 
