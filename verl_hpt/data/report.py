@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from verl_hpt.demos.demonstration import REASONS
+from verl_hpt.tools import show
 
 FINDINGS = {  # message, and whether it would hurt training
     "eos": ("demonstrations would end with a token at which rollouts do not stop", True),
@@ -192,37 +193,30 @@ def _tokens(shown: dict) -> list[str]:
 
 def draw(result: Result, path: str, limit: int | None) -> None:
     """The picture: lengths against the limit, what becomes of the demonstrations, rewards, log-likelihoods."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    blue, red = "#4477aa", "#cc3311"
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
-    lengths, outcome, rewards, likelihood = axes.flat
-    lengths.set(title="length of demonstrations", xlabel=result.unit, ylabel="demonstrations")
-    if result.lengths:
-        lengths.hist(result.lengths, bins=40, color=blue)
-    if limit is not None and result.unit == "tokens":
-        lengths.axvline(limit, color=red, linestyle="--", label=f"max_response_length {limit}")
-        lengths.legend()
-    bars = {"usable": result.usable, "question without": result.without, **result.reasons}
-    colors = ["#228833", "#bbbbbb"] + [red] * len(result.reasons)
-    outcome.set_title("what becomes of them")
-    outcome.bar_label(outcome.barh(list(bars), list(bars.values()), color=colors))
-    outcome.invert_yaxis()
-    rewards.set_title("mean reward by data source")
-    means = {source: total / n for source, (n, total, _) in sorted(result.rewards.items()) if n}
-    if means:
-        rewards.bar_label(rewards.barh(list(means), list(means.values()), color=blue), fmt="%.3f")
-        rewards.set_xlim(min(0.0, *means.values()), max(1.1, *means.values()))
-    else:
-        rewards.text(0.5, 0.5, "not graded", ha="center", transform=rewards.transAxes)
-    likelihood.set(title="mean log-likelihood a token", xlabel="nats")
-    if result.log_likelihoods:
-        likelihood.hist(result.log_likelihoods, bins=30, color=blue)
-    else:
-        likelihood.text(0.5, 0.5, "no --model given", ha="center", transform=likelihood.transAxes)
-    figure.suptitle(f"{result.file.replace(chr(92), '/').split('/')[-1]}: {result.rows} rows")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    blue, red = show.COLOURS[:2]
+    with show.picture(path, "--report", 2, 2, (11, 7.5), dpi=110) as (figure, axes):
+        lengths, outcome, rewards, likelihood = axes.flat
+        lengths.set(title="length of demonstrations", xlabel=result.unit, ylabel="demonstrations")
+        if result.lengths:
+            lengths.hist(result.lengths, bins=40, color=blue)
+        if limit is not None and result.unit == "tokens":
+            lengths.axvline(limit, color=red, linestyle="--", label=f"max_response_length {limit}")
+            lengths.legend()
+        bars = {"usable": result.usable, "question without": result.without, **result.reasons}
+        colors = [show.COLOURS[2], "#bbbbbb"] + [red] * len(result.reasons)
+        outcome.set_title("what becomes of them")
+        outcome.bar_label(outcome.barh(list(bars), list(bars.values()), color=colors))
+        outcome.invert_yaxis()
+        rewards.set_title("mean reward by data source")
+        means = {source: total / n for source, (n, total, _) in sorted(result.rewards.items()) if n}
+        if means:
+            rewards.bar_label(rewards.barh(list(means), list(means.values()), color=blue), fmt="%.3f")
+            rewards.set_xlim(min(0.0, *means.values()), max(1.1, *means.values()))
+        else:
+            rewards.text(0.5, 0.5, "not graded", ha="center", transform=rewards.transAxes)
+        likelihood.set(title="mean log-likelihood a token", xlabel="nats")
+        if result.log_likelihoods:
+            likelihood.hist(result.log_likelihoods, bins=30, color=blue)
+        else:
+            likelihood.text(0.5, 0.5, "no --model given", ha="center", transform=likelihood.transAxes)
+        figure.suptitle(f"{result.file.replace(chr(92), '/').split('/')[-1]}: {result.rows} rows")
