@@ -9,7 +9,7 @@ import torch
 
 from verl_hpt import parts
 from verl_hpt.errors import read
-from verl_hpt.estimator import Estimator, Method, Term, evaluate
+from verl_hpt.estimator import Estimator, Method, Term, evaluate, row_terms
 from verl_hpt.gate import RL, GateSettings
 from verl_hpt.loss import LossSpec
 from verl_hpt.methods import METHODS
@@ -260,3 +260,24 @@ def test_what_all_questions_share_cannot_be_changed(value):
     name = dataclasses.fields(value)[0].name
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(value, name, getattr(value, name))
+
+
+def test_a_token_without_an_advantage_is_stopped_by_no_clip():
+    """Whatever its ratio: it learns nothing either way, and counts as no clipped token."""
+    for name in ("ppo_clip", "sequence_clip"):
+        for old in (logs(0.05, 0.01), logs(0.99, 0.99)):  # ratios of 10, and far below 1
+            keep, _ = PARTS["mask"][name](tokens(advantage=[[0.0]], old_log_prob=old))
+            assert values(keep) == [1.0, 1.0], (name, old)
+
+
+def test_a_ratio_that_meets_its_bound_exactly_learns():
+    bounds = dataclasses.replace(C, clip_high=1.0, clip_low=0.5, clip_c=2.0)
+    for old, advantage in ((logs(0.25, 0.05), 1.0), (logs(1.0, 0.2), -1.0)):  # ratios 2 and 1/2
+        for name in ("ppo_clip", "sequence_clip"):
+            keep, _ = PARTS["mask"][name](tokens(advantage=[[advantage]], old_log_prob=old, constants=bounds))
+            assert values(keep) == [1.0, 1.0], (name, advantage)
+
+
+def test_without_an_s_term_nothing_stands_under_its_weight():
+    terms = row_terms(METHODS["grpo"], tokens(old_log_prob=logs(0.5, 0.1)), torch.tensor([[False]]))
+    assert not terms.demo.any() and not terms.demo_value.any()

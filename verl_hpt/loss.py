@@ -116,7 +116,6 @@ def loss_of(
     return loss, sums
 
 
-@torch.no_grad()
 def _block(terms: RowTerms, tokens: Tokens, column: Mapping[str, Tensor], w_rl: Tensor, of_tokens: Tensor) -> Block:
     """The terms under their weights; of_tokens: (rows, response_len), what multiplies a row's weights on each token."""
     on_rl, on_demo = w_rl * of_tokens, column["w_demo"] * of_tokens
