@@ -145,6 +145,17 @@ def test_what_becomes_of_a_decision_without_a_usable_demonstration(decision, tra
     assert gate.settle(decision, 1, True, trains_rollouts) == decision
 
 
+def test_of_a_question_that_was_never_drawn_every_number_is_zero():
+    assert len(gate.NEVER_DRAWN) == 8 and set(gate.NEVER_DRAWN.values()) == {0}
+
+
+@pytest.mark.parametrize(("solved", "n", "on"), [(0, 0, 0.0), (0, 1, 0.0), (1, 1, 1.0), (1, 2, 0.5)])
+def test_shares_of_small_groups(solved, n, on):
+    for name in ("linear", "cosine"):
+        decision = gate.decide("soft", outcome(solved, n, GateSettings(soft=name)))
+        assert (decision.on, decision.sft) == pytest.approx((on, 1 - on)), name
+
+
 def test_a_number_that_is_not_remembered_is_named_with_those_that_are():
     with pytest.raises(KeyError, match=r"history has no 'taught'; it has solved, rollouts, drawn, failures, uses, "):
         Outcome(np.zeros(1), GateSettings()).history["taught"]

@@ -239,3 +239,34 @@ def test_a_rollout_that_is_left_out_says_why(method, rewards, demos, gated, why)
 def test_a_demonstration_that_is_left_out_says_why(method, rewards, gated, why):
     made = plan([question("a", rewards)], settings(method, gate=GateSettings(**gated)))
     assert [(d.question, d.index, d.why) for d in made.dropped if d.kind == DEMO] == [(0, 0, why)]
+
+
+# --- what is dealt, and what is the default -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_imitating_and_reinforcing_questions_are_each_spread_evenly_over_the_steps(seed):
+    batch = [question(i, [float(i % 2), 0]) for i in range(16)]
+    made = plan(batch, settings(questions_per_step=4, seed=seed))
+    step_of = {made.question[row]: made.step[row] for row in range(len(made))}
+    for solved in (0, 1):
+        of_kind = [step_of[q] for q in range(16) if q % 2 == solved]
+        assert np.bincount(of_kind, minlength=4).tolist() == [2, 2, 2, 2], solved
+
+
+def test_every_question_has_its_decision():
+    with pytest.raises(ValueError, match="zip"):
+        plan([question("a", [0]), question("b", [1])], settings(), [gate.RL])
+
+
+def test_a_question_has_no_demonstration_and_a_plan_one_rank_where_nothing_says_otherwise():
+    bare = Question("a", np.array([0.0, 1.0]), np.array([2, 3]))
+    assert (len(bare.demo_lengths), len(bare.demo_rewards)) == (0, 0)
+    made = plan([bare], settings(questions_per_step=1))
+    assert (made.steps, made.rows_per_step, sorted(made.layout)) == (1, 2, [0, 1])
+
+
+def test_rollouts_without_a_token_have_no_entropy_bonus_and_harm_no_other():
+    empty = Question("a", np.array([0.0, 1.0]), np.zeros(2, int))
+    made = plan([empty], settings("dr_grpo", normalization="official"))
+    assert made.w_entropy.tolist() == [1.0, 1.0] and np.isfinite(made.w_rl).all()

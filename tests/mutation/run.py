@@ -349,7 +349,7 @@ def report(records: list[dict], modules: list[str]) -> int:
     accepted = tomllib.loads((HERE / "accepted.toml").read_text(encoding="utf-8")).get("accepted", [])
     reasons = {(a["module"], a["before"].strip(), a["after"].strip()): a["reason"] for a in accepted}
     for r in records:
-        if r["outcome"] == "survived" and (r["module"], r["before"], r["after"]) in reasons:
+        if r["outcome"] == "survived" and (r["module"], r["before"].strip(), r["after"].strip()) in reasons:
             r["outcome"] = "accepted"
     print(f"\n{'module':14} mutants  killed  timeout  survived  accepted  killed of all  of those not accepted")
     for name in [*modules, "all"]:
@@ -363,7 +363,7 @@ def report(records: list[dict], modules: list[str]) -> int:
         found = [r for r in records if r["outcome"] == outcome]
         print(f"\n{outcome}: {len(found)}")
         for r in found:
-            reason = reasons.get((r["module"], r["before"], r["after"]), "")
+            reason = reasons.get((r["module"], r["before"].strip(), r["after"].strip()), "")
             print(f"  verl_hpt/{r['module']}.py:{r['line']} {r['operator']}{': ' + reason if reason else ''}")
             print("".join(f"    {mark} {x}\n" for mark, text in (("-", r["before"]), ("+", r["after"]))
                           for x in text.splitlines()), end="")  # fmt: skip
