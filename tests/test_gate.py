@@ -103,6 +103,14 @@ def test_a_gate_of_three_arguments_gets_its_own_arguments_too(monkeypatch):
     assert zones == ["demo", "demo", "demo", "rl"]
 
 
+def test_a_gate_may_take_its_three_arguments_by_position_alone(monkeypatch):
+    def by_position(solved, n, settings, /):
+        return DEMO if solved == 0 else RL
+
+    monkeypatch.setitem(gate.GATES, "by_position", by_position)
+    assert [decide(s, 4, GateSettings(function="by_position")).zone for s in range(2)] == ["demo", "rl"]
+
+
 def test_a_gate_of_the_users_can_stand_for_the_soft_table_with_its_own_arguments(monkeypatch):
     monkeypatch.setitem(gate.GATES, "power", lambda outcome, to: gate.Decision("soft", 1.0, 0.0, 0.5**to))
     assert decide_soft(0, 4, True, GateSettings(soft="power", kwargs={"to": 3})).sft == 0.125

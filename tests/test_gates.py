@@ -222,3 +222,13 @@ def test_a_sources_arguments_are_its_own_and_go_with_the_general_function(of_min
 def test_arguments_that_no_gate_takes_are_refused(of_mine, overrides, message):
     with pytest.raises(UserError, match=message):
         config.resolve_method(settings_of(*overrides))
+
+
+@pytest.mark.parametrize("success", [1.0, 0.0, -0.5])
+def test_a_gate_is_tried_on_a_question_that_is_not_solved_whatever_counts_as_solved(success, monkeypatch):
+    """Rewards of ±1 with success 0: a score of 0 was taken for unsolved, and its share of a missing term not seen."""
+    share = gate.Decision("mine", 0.0, 0.0, 1.0)
+    monkeypatch.setitem(gate.GATES, "mine", lambda outcome: gate.RL if outcome.solved else share)
+    node = {"compose": {"demos": [{"kind": "R"}]}, "gate": {"function": "mine", "success": success}}
+    with pytest.raises(UserError, match="gives an unsolved question a share of a term"):
+        config.resolve_method(config.load(node))

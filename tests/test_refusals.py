@@ -1,5 +1,6 @@
 """Refusals against verl's real config: each is said with the key and a remedy, and the remedy works."""
 
+import inspect
 import json
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import torch
 from datasets import Dataset
 from test_questions import Letters
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
+from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopWorkerTQ
 from verl_config import compose
 
 from verl_hpt.demos.encode import stop_ids
@@ -268,7 +270,10 @@ def test_a_method_without_demonstrations_needs_no_column_of_them():
     assert "hpt.demo.key='target': the training data has no such column" in check(start(), prompt=["a"])
 
 
-@pytest.mark.parametrize("name", ["responses", "rm_scores", "advantages", "extra_fields", "hpt_row", "hpt_row_of_mine"])
+NAMES = ["responses", "rm_scores", "advantages", "extra_fields", "output", "validate", "hpt_row", "hpt_row_of_mine"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_column_that_would_overwrite_a_field_of_the_rollouts_is_refused(name):
     """verl's agent loop writes a question's columns over what it sampled (``field.update(kwargs)``)."""
     text = check(start(), **ROWS, **{name: [1, 2, 3]})
@@ -285,6 +290,14 @@ def test_every_field_that_an_agent_loop_writes_is_kept_for_it():
         metrics={}, routed_experts=[[0]], extra_fields={"a": 1},
     )  # fmt: skip
     assert output.as_dict().keys() <= set(FIELDS)
+
+
+def test_every_argument_of_an_agent_loop_is_kept_for_it():
+    """verl hands a row's columns on as keyword arguments; one of the same name fails every rollout."""
+    for function in (AgentLoopWorkerTQ._run_agent_loop, AgentLoopWorkerTQ._agent_loop_postprocess):
+        parameters = inspect.signature(inspect.unwrap(function)).parameters.values()
+        names = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name[0] != "_"}
+        assert names - {"self", "agent_name"} <= set(FIELDS), "agent_name is a column of verl's own"
 
 
 def test_settings_of_a_source_that_no_row_has_are_refused_with_those_that_there_are():

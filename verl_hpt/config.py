@@ -316,7 +316,7 @@ def _gate_problems(gate: Gate, method: Method | None) -> Iterator[str]:
         yield f"hpt.gate.soft is set, but method {method.name!r} does not read it; set hpt.method=hpt_soft"
     if not isinstance(name, str) or name not in GATES:
         return
-    signature, unsolved = inspect.signature(GATES[name]), Outcome(np.zeros(1), gate.at(0))
+    signature, unsolved = inspect.signature(GATES[name]), Outcome(np.full(1, -np.inf), gate.at(0))
     positional = arguments(GATES[name], unsolved)
     try:
         signature.bind(*positional, **gate.kwargs)

@@ -220,7 +220,7 @@ def ask(name: str, outcome: Outcome) -> Decision:
 def arguments(function: Callable, outcome: Outcome) -> tuple:
     """What a gate is called with beside its keyword arguments: three numbers where it requires three, else one."""
     parameters = inspect.signature(function).parameters.values()
-    required = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    required = [p for p in parameters if p.default is p.empty and p.kind < p.VAR_POSITIONAL]
     own = {p.name for p in required[1:]} & outcome.settings.kwargs.keys()
     return (outcome.solved, outcome.n, outcome.settings) if len(required) - len(own) >= 3 else (outcome,)
 

@@ -120,8 +120,8 @@ class Run:
         ]
         fields = {*contract.FIELDS, ROW_FIELD, *TOKEN_FIELDS.values(), SKIPPED}
         problems += [
-            f"the training data's column {name!r} has the name of a field of verl's rows, and would take its place: "
-            "rename it, or leave it out (`verl-hpt data convert --drop NAME`)"
+            f"the training data's column {name!r} has the name of a field of verl's rows, or of an argument of its "
+            "agent loop, and would take its place: rename it, or leave it out (`verl-hpt data convert --drop NAME`)"
             for name in columns
             if name in fields
         ]
