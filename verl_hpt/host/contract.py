@@ -113,8 +113,8 @@ CONFIG = tuple(  # path, who reads it
 
 
 # Fields of verl's rows, and arguments of its agent loop. The loop gets a question's dataset columns as keyword
-# arguments, which fails where it has one of that name, and writes them over what it sampled, so that a column would take
-# a field's place; later stages would meet one that has another form than theirs.
+# arguments, which fails where it has one of that name, and writes them over what it sampled, so that a column would
+# take a field's place; later stages would meet one that has another form than theirs.
 FIELDS = (
     "prompts", "responses", "response_mask", "rollout_log_probs", "routed_experts", "rm_scores", "num_turns", "metrics",
     "extra_fields", "token_level_scores", "token_level_rewards", "old_log_probs", "ref_log_prob", "values",
