@@ -12,6 +12,56 @@ import sys
 
 _REASONS = {MemoryError: "out of memory", RecursionError: "nested too deeply"}
 _PERCENT = re.compile(r"(?<=[\d}])\s*\\?%")
+_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_FONT = r"\\(?:text\w*|math(?:rm|bf|it|sf)|mbox|boldsymbol|bm)"
+_GREEK = r"\\(?:pi|theta|alpha|beta|gamma|delta|phi|omega|lambda|mu|sigma)"
+_NO_UNIT = (  # words behind a number that change it
+    r"(?:and|or|plus|minus|times|over|mod|modulo|squared|cubed|factorial|half|halves|quarters?|dozen|percent|per|"
+    r"pi|sqrt|infinity|sin|cos|tan|log|more|less|theta|alpha|beta|gamma|delta)\b"
+)
+# One spelling for another, of a truth as of an answer, in this order.
+_SPELLINGS = (
+    (re.compile(r"(?<!\\)\\!"), ""),
+    (re.compile(r"(?<!\\)\\[,;:> ]|\\q?quad\b|~|\s+"), " "),  # spaces, as LaTeX spells them too
+    (re.compile(r"\\?[$£€]"), ""),
+    (re.compile(rf"^ ?{_FONT} ?\{{((?:[^{{}}]|\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}})*)\}} ?\.?$"), r"\1"),
+    (re.compile(r"(?<![\d.,])\d{1,3}(?:(?: |\{,\})\d{3})+(?!\d)"), lambda number: re.sub(r"\D", "", number[0])),
+    (
+        re.compile(r"^[^,(\[]*(?<!\\\{)(?<![\d.,({\[])\d{1,3}(?:,\d{3})+(?![\d,])[^,]*$"),
+        lambda text: text[0].replace(",", ""),
+    ),
+    (re.compile(r" ?\^\{ ?(?:\\degree|°|º) ?\}| ?\^?(?:\\degree\b|°|º)"), "^\\\\circ"),
+    (re.compile(r"(?<=\\circ)(?P<close>\}?) ?[CF]$"), r"\g<close>"),
+    (re.compile(r"(?<=\d)i\b"), " i"),  # an i apart makes math-verify count with complex numbers
+    (re.compile(rf"\\([dtc]?)frac ?({_GREEK}) ?"), r"\\\1frac{\2}"),
+    (re.compile(rf"(\\[dtc]?frac ?(?:\{{[^{{}}]*\}}|\d)) ?({_GREEK})"), r"\1{\2}"),
+    (
+        re.compile(rf"(?<=\d) ?(\\text\{{ ?|\\mathrm\{{ ?)?({'|'.join(_SCALES)})\b ?"),
+        lambda scale: rf"\cdot 10^{{{_SCALES[scale[2]]}}}{scale[1] or ' '}",
+    ),
+    (re.compile(r"^(?: |=|\\approx\b|≈)+| ?[.,;:]? *$"), ""),  # what stands before and behind an answer
+    (
+        re.compile(r"^(?:\\text\{)? ?(?:no (?:real )?solutions?|none) ?\}?$|^(?:\\varnothing|∅|\\\{ ?\\\})$", re.I),
+        r"\\emptyset",
+    ),
+    (
+        re.compile(r"(?<=[\d}]) ?(?:\\%|%|per ?cent\b|\\text\{ ?(?:\\?%|per ?cent) ?\})(?: ?\\text ?\{[^{}]*\})?$"),
+        r"\\%",
+    ),
+    (  # 12 cm^2, 6 chairs, 60 km/h; a letter alone may be a variable
+        re.compile(
+            r"(?<=[\d}])(?:(?: ?(?:[cmkd]m|ft|in|yd|mi|[mk]g|lbs?|oz|hr|min|sec|mph)| ?m(?=\^|²|³)"
+            rf"|(?: (?!{_NO_UNIT})[a-z]{{4,}}\b)+)(?:\^\{{?[23]\}}?|²|³)?(?: ?/ ?[a-z]+)?)$"
+        ),
+        "",
+    ),
+)
+_TEXT = re.compile(rf"{_FONT} ?\{{([^{{}}]*)\}}")
+_WORDS = re.compile(r"[^\W\d_](?:[^\W\d_]|[ ,'-])*[^\W\d_]")  # two letters or more: x is not X
+_EQUALS = re.compile(r"(?<![\\<>!:=])=(?!=|[^{}]*\})")
+_NO_VARIABLE = re.compile(
+    r"\\(?:[dtc]?frac|sqrt|pi|cdot|times|div|left|right|log|ln|sin|cos|tan|binom|circ|pm|displaystyle)\b"
+)
 
 
 def _limit_memory(megabytes: int) -> None:
@@ -24,23 +74,61 @@ def _limit_memory(megabytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def grade(solution: str, truth: str) -> float:
-    """1.0 where math-verify finds the solution's answer equal to the expected one, else 0.0.
+def tidy(text: str) -> str:
+    r"""An expected or a boxed answer in math-verify's spelling: `1\,000` and `1 000` are 1000, `90°` is `90^\circ`."""
+    for pattern, spelling in _SPELLINGS:
+        text = pattern.sub(spelling, text)
+    return text
 
-    The timeouts of math-verify itself are off: this process has its own, harder one.
+
+def grade(solution: str, truth: str) -> float:
+    r"""1.0 where math-verify finds the solution's answer equal to the expected one, else 0.0.
+
+    A solution that is a `\boxed{…}` and nothing else is read whole or not at all; any other is searched for its answer.
     """
+    if not (solution.startswith("\\boxed{") and solution.endswith("}")):
+        if _verified(solution, truth, boxed=False):
+            return 1.0
+        bare = [_PERCENT.sub("", text) for text in (solution, truth)]
+        # math-verify reads no percent sign inside a box: 62.5\\% equals 62.5 and 62.5% there.
+        return grade(*bare) if bare != [solution, truth] else 0.0
+    answer, truth = tidy(solution[len("\\boxed{") : -1]), tidy(truth)
+    sides = [answer]
+    if "=" not in truth and not re.search(r"[,;]|\b(?:and|or)\b", answer):
+        # math-verify takes the last side alone; 5 = 6 is no 6, though x = 6 and 2 + 4 = 6 are.
+        *before, last = _EQUALS.split(answer)
+        sides = [*(side for side in before if not re.search("[^\\W\\d_]", _NO_VARIABLE.sub("", side))), last]
+    return float(all(_same(side, truth) for side in sides))
+
+
+def _same(answer: str, truth: str) -> bool:
+    """Whether they are equal; a percentage is its number or that number's hundredth where the other has no sign."""
+    (answer, hundredths), (truth, of_truth) = ((t.removesuffix("\\%"), t.endswith("\\%")) for t in (answer, truth))
+    words, expected = (_TEXT.sub(r" \1 ", text).strip(" .") for text in (answer, truth))
+    if words.casefold() == expected.casefold() and _WORDS.fullmatch(words):
+        return True
+    boxed = "\\boxed{" + answer + "}"
+    if _verified(boxed, truth, boxed=True):
+        return True
+    if hundredths and not of_truth:
+        return _verified("\\boxed{\\frac{" + answer + "}{100}}", truth, boxed=True)
+    return of_truth and not hundredths and _verified(boxed, "\\frac{" + truth + "}{100}", boxed=True)
+
+
+def _verified(solution: str, truth: str, boxed: bool) -> bool:
+    """math-verify's verdict; its own timeouts are off, for this process has its own, harder one."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-    boxed_first = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
-    gold = parse("\\boxed{" + truth + "}", [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=None)
+    searched = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
+    # Of a box that cannot be read, no number that stands in it is the answer: \\neq 6 is no 6.
+    whole = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=not boxed)]
+    gold = parse("\\boxed{" + truth + "}", whole, parsing_timeout=None)
     if not gold or all(isinstance(g, str) for g in gold):
-        gold = parse(truth, boxed_first, parsing_timeout=None) or gold
-    answer = parse(solution, boxed_first, parsing_timeout=None)
-    if gold and answer and verify(gold, answer, timeout_seconds=None):
-        return 1.0
-    bare = [_PERCENT.sub("", text) for text in (solution, truth)]
-    # math-verify reads no percent sign inside a box: 62.5\\% equals 62.5 and 62.5% there.
-    return grade(*bare) if bare != [solution, truth] else 0.0
+        gold = gold + [found for found in parse(truth, searched, parsing_timeout=None) if found not in gold]
+    answer = parse(solution, whole if boxed else searched, parsing_timeout=None)
+    if any(getattr(g, "is_Symbol", False) for g in gold):  # compared by its name: 0 + i must become i first
+        answer += [a.doit() for a in answer if hasattr(a, "doit")]
+    return bool(gold and answer and verify(gold, answer, allow_set_relation_comp=True, timeout_seconds=None))
 
 
 def serve(memory_mb: int) -> None:
