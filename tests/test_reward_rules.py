@@ -67,6 +67,12 @@ def test_a_percentage_is_its_number_or_its_hundredth_where_the_other_has_no_sign
         ("5\\text{ million}", "5000000", "5"),
         ("2.5\\text{ million dollars}", "2500000", "2.5"),
         ("3 hundred", "300", "3"),
+        ("1.5e3", "1500", "1.5"),
+        ("7.02 \\times 10^5", "7.02e5", "702"),
+        ("2.55\\cdot 10^{-10} \\text{ m}", "2.55e-10", "0.0"),
+        ("0.0000004", "4e-7", "0"),
+        ("2e^3", "2e^3", "2000"),
+        ("1 1/2", "1.5", "5.5"),
         ("6 dozen", "6 dozen", "6"),
         ("6 squared", "6 squared", "6"),
         ("6 m^2", "6", "36"),
@@ -137,8 +143,22 @@ def test_a_relation_or_a_doubt_before_a_number_makes_it_another_answer(sign):
             assert boxed(f"{sign} {truth}", truth) == 0.0, (sign, truth)
 
 
+OTHERS = ["6 \\text{ or 7}", "6\\text{ (or 7)}", "6\\text{ hours and 30 minutes}", "6\\text{ not 7}"]
+
+
 def test_a_box_that_cannot_be_read_is_not_searched_for_numbers():
-    for answer in ("?", "?? 6", "I think 6", "?? \\frac{1}{2}", "final answer is 6", "\\# 6", "6 ?", "6 or 7", "not 6"):
+    for answer in (
+        "?",
+        "?? 6",
+        "I think 6",
+        "?? \\frac{1}{2}",
+        "final answer is 6",
+        "\\# 6",
+        "6 ?",
+        "6 or 7",
+        "not 6",
+        *OTHERS,
+    ):
         assert boxed(answer, "6") == boxed(answer, "\\frac{1}{2}") == 0.0, answer
 
 

@@ -30,6 +30,8 @@ _SPELLINGS = (
         re.compile(r"^[^,(\[]*(?<!\\\{)(?<![\d.,({\[])\d{1,3}(?:,\d{3})+(?![\d,])[^,]*$"),
         lambda text: text[0].replace(",", ""),
     ),
+    (re.compile(r"(?<![\w\\}])(\d+\.?\d*|\.\d+)[eE]([-+]?\d{1,3})(?!\w|\.\d)"), r"\1\\cdot 10^{\2}"),
+    (re.compile(r"^([-+]?\d+) (\d+) ?/ ?(\d+)$"), r"\1\\frac{\2}{\3}"),
     (re.compile(r" ?\^\{ ?(?:\\degree|°|º) ?\}| ?\^?(?:\\degree\b|°|º)"), "^\\\\circ"),
     (re.compile(r"(?<=\\circ)(?P<close>\}?) ?[CF]$"), r"\g<close>"),
     (re.compile(r"(?<=\d)i\b"), " i"),  # an i apart makes math-verify count with complex numbers
@@ -58,6 +60,11 @@ _SPELLINGS = (
 )
 _TEXT = re.compile(rf"{_FONT} ?\{{([^{{}}]*)\}}")
 _WORDS = re.compile(r"[^\W\d_](?:[^\W\d_]|[ ,'-])*[^\W\d_]")  # two letters or more: x is not X
+# math-verify drops a text behind a number, whatever it says.
+_HEDGE = re.compile(rf"{_FONT} ?\{{[^{{}}]*\b(?:or(?! so)|and(?= \d)|not|nor|either|neither)\b ?[^{{}} ][^{{}}]*\}}")
+_DECIMAL = re.compile(
+    rf"([-+]?(?:\d+\.?\d*|\.\d+))(?: ?\\(?:cdot|times) ?10\^\{{?([-+]?\d{{1,3}})\}}?)?(?: ?{_FONT} ?\{{[^{{}}]*\}}.*)?"
+)
 _EQUALS = re.compile(r"(?<![\\<>!:=])=(?!=|[^{}]*\})")
 _NO_VARIABLE = re.compile(
     r"\\(?:[dtc]?frac|sqrt|pi|cdot|times|div|left|right|log|ln|sin|cos|tan|binom|circ|pm|displaystyle)\b"
@@ -107,6 +114,11 @@ def _same(answer: str, truth: str) -> bool:
     words, expected = (_TEXT.sub(r" \1 ", text).strip(" .") for text in (answer, truth))
     if words.casefold() == expected.casefold() and _WORDS.fullmatch(words):
         return True
+    if _HEDGE.search(answer) and not _HEDGE.search(truth):
+        return False
+    numbers = [float(f"{m[1]}e{m[2] or 0}") for m in map(_DECIMAL.fullmatch, (answer, truth)) if m]
+    if hundredths == of_truth and len(numbers) == 2 and abs(numbers[0] - numbers[1]) > 1e-3 * abs(numbers[1]):
+        return False  # math-verify rounds decimals to six places, where 4e-10 is 0.0
     boxed = "\\boxed{" + answer + "}"
     if _verified(boxed, truth, boxed=True):
         return True
