@@ -21,36 +21,47 @@ _NO_UNIT = (  # words behind a number that change it
 )
 # One spelling for another, of a truth as of an answer, in this order.
 _SPELLINGS = (
+    # Spaces, as LaTeX spells them too, are one space.
     (re.compile(r"(?<!\\)\\!"), ""),
-    (re.compile(r"(?<!\\)\\[,;:> ]|\\q?quad\b|~|\s+"), " "),  # spaces, as LaTeX spells them too
+    (re.compile(r"(?<!\\)\\[,;:> ]|\\q?quad\b|~|\s+"), " "),
+    # A currency's sign, and a font around the whole, say nothing.
     (re.compile(r"\\?[$£€]"), ""),
     (re.compile(rf"^ ?{_FONT} ?\{{((?:[^{{}}]|\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}})*)\}} ?\.?$"), r"\1"),
+    # Three digits by three are one number: 1 000, 1{,}000, and x = 1,000 where no other comma makes it a list.
     (re.compile(r"(?<![\d.,])\d{1,3}(?:(?: |\{,\})\d{3})+(?!\d)"), lambda number: re.sub(r"\D", "", number[0])),
     (
         re.compile(r"^[^,(\[]*(?<!\\\{)(?<![\d.,({\[])\d{1,3}(?:,\d{3})+(?![\d,])[^,]*$"),
         lambda text: text[0].replace(",", ""),
     ),
-    (re.compile(r"(?<![\w\\}])(\d+\.?\d*|\.\d+)[eE]([-+]?\d{1,3})(?!\w|\.\d)"), r"\1\\cdot 10^{\2}"),
-    (re.compile(r"^([-+]?\d+) (\d+) ?/ ?(\d+)$"), r"\1\\frac{\2}{\3}"),
-    (re.compile(r" ?\^\{ ?(?:\\degree|°|º) ?\}| ?\^?(?:\\degree\b|°|º)"), "^\\\\circ"),
-    (re.compile(r"(?<=\\circ)(?P<close>\}?) ?[CF]$"), r"\g<close>"),
-    (re.compile(r"(?<=\d)i\b"), " i"),  # an i apart makes math-verify count with complex numbers
-    (re.compile(rf"\\([dtc]?)frac ?({_GREEK}) ?"), r"\\\1frac{\2}"),
-    (re.compile(rf"(\\[dtc]?frac ?(?:\{{[^{{}}]*\}}|\d)) ?({_GREEK})"), r"\1{\2}"),
+    # 1.5e3 is a power of ten, and so is a million; 1 1/2 is a mixed number.
+    (re.compile(r"(?<![\w\\}])(\d+(?:\.\d*)?|\.\d+)[eE]([-+]?\d{1,3})(?!\w|\.\d)"), r"\1\\cdot 10^{\2}"),
     (
         re.compile(rf"(?<=\d) ?(\\text\{{ ?|\\mathrm\{{ ?)?({'|'.join(_SCALES)})\b ?"),
         lambda scale: rf"\cdot 10^{{{_SCALES[scale[2]]}}}{scale[1] or ' '}",
     ),
-    (re.compile(r"^(?: |=|\\approx\b|≈)+| ?[.,;:]? *$"), ""),  # what stands before and behind an answer
+    (re.compile(r"^([-+]?\d+) (\d+) ?/ ?(\d+)$"), r"\1\\frac{\2}{\3}"),
+    # A degree has one sign, whatever its scale.
+    (re.compile(r" ?\^\{ ?(?:\\degree|°|º) ?\}| ?\^?(?:\\degree\b|°|º)"), "^\\\\circ"),
+    (re.compile(r"(?<=\\circ)(?P<close>\}?) ?[CF]$"), r"\g<close>"),
+    # An i stands apart: then math-verify counts with complex numbers.
+    (re.compile(r"(?<=\d)i\b"), " i"),
+    # What a fraction is of stands in braces.
+    (re.compile(rf"\\([dtc]?)frac ?({_GREEK}) ?"), r"\\\1frac{\2}"),
+    (re.compile(rf"(\\[dtc]?frac ?(?:\{{[^{{}}]*\}}|\d)) ?({_GREEK})"), r"\1{\2}"),
+    # What stands before and behind an answer goes: =, about, a full stop.
+    (re.compile(r"^(?: |=|\\approx\b|≈)+| ?[.,;:]? *$"), ""),
+    # No solution is the empty set.
     (
         re.compile(r"^(?:\\text\{)? ?(?:no (?:real )?solutions?|none) ?\}?$|^(?:\\varnothing|∅|\\\{ ?\\\})$", re.I),
         r"\\emptyset",
     ),
+    # Per cent has one sign.
     (
         re.compile(r"(?<=[\d}]) ?(?:\\%|%|per ?cent\b|\\text\{ ?(?:\\?%|per ?cent) ?\})(?: ?\\text ?\{[^{}]*\})?$"),
         r"\\%",
     ),
-    (  # 12 cm^2, 6 chairs, 60 km/h; a letter alone may be a variable
+    # A unit behind a number goes: 12 cm^2, 6 chairs, 60 km/h; a letter alone may be a variable.
+    (
         re.compile(
             r"(?<=[\d}])(?:(?: ?(?:[cmkd]m|ft|in|yd|mi|[mk]g|lbs?|oz|hr|min|sec|mph)| ?m(?=\^|²|³)"
             rf"|(?: (?!{_NO_UNIT})[a-z]{{4,}}\b)+)(?:\^\{{?[23]\}}?|²|³)?(?: ?/ ?[a-z]+)?)$"
@@ -63,7 +74,8 @@ _WORDS = re.compile(r"[^\W\d_](?:[^\W\d_]|[ ,'-])*[^\W\d_]")  # two letters or m
 # math-verify drops a text behind a number, whatever it says.
 _HEDGE = re.compile(rf"{_FONT} ?\{{[^{{}}]*\b(?:or(?! so)|and(?= \d)|not|nor|either|neither)\b ?[^{{}} ][^{{}}]*\}}")
 _DECIMAL = re.compile(
-    rf"([-+]?(?:\d+\.?\d*|\.\d+))(?: ?\\(?:cdot|times) ?10\^\{{?([-+]?\d{{1,3}})\}}?)?(?: ?{_FONT} ?\{{[^{{}}]*\}}.*)?"
+    r"([-+]?(?:\d+(?:\.\d*)?|\.\d+))(?: ?\\(?:cdot|times) ?10\^\{?([-+]?\d{1,3})\}?)?"
+    rf"(?: ?{_FONT} ?\{{[^{{}}]*\}}.*)?"
 )
 _EQUALS = re.compile(r"(?<![\\<>!:=])=(?!=|[^{}]*\})")
 _NO_VARIABLE = re.compile(
@@ -92,6 +104,7 @@ def grade(solution: str, truth: str) -> float:
     r"""1.0 where math-verify finds the solution's answer equal to the expected one, else 0.0.
 
     A solution that is a `\boxed{…}` and nothing else is read whole or not at all; any other is searched for its answer.
+    Of an equation every side without a variable must be right, for math-verify takes the last: 5 = 6 is no 6.
     """
     if not (solution.startswith("\\boxed{") and solution.endswith("}")):
         if _verified(solution, truth, boxed=False):
@@ -102,14 +115,16 @@ def grade(solution: str, truth: str) -> float:
     answer, truth = tidy(solution[len("\\boxed{") : -1]), tidy(truth)
     sides = [answer]
     if "=" not in truth and not re.search(r"[,;]|\b(?:and|or)\b", answer):
-        # math-verify takes the last side alone; 5 = 6 is no 6, though x = 6 and 2 + 4 = 6 are.
         *before, last = _EQUALS.split(answer)
         sides = [*(side for side in before if not re.search("[^\\W\\d_]", _NO_VARIABLE.sub("", side))), last]
     return float(all(_same(side, truth) for side in sides))
 
 
 def _same(answer: str, truth: str) -> bool:
-    """Whether they are equal; a percentage is its number or that number's hundredth where the other has no sign."""
+    """Whether they are equal: words in any letter case, an inequality as its interval, all else as math-verify finds.
+
+    A percentage is its number, or that number's hundredth where the other has no sign.
+    """
     (answer, hundredths), (truth, of_truth) = ((t.removesuffix("\\%"), t.endswith("\\%")) for t in (answer, truth))
     words, expected = (_TEXT.sub(r" \1 ", text).strip(" .") for text in (answer, truth))
     if words.casefold() == expected.casefold() and _WORDS.fullmatch(words):
