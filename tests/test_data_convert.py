@@ -59,7 +59,10 @@ def test_gsm8k_becomes_verls_parquet_with_every_word_kept(tmp_path):
             assert set(row) == {"data_source", "prompt", "ability", "reward_model", "extra_info", "target"}
             answer = by_question[row["prompt"][0]["content"]]
             assert row["target"] == [say(answer)]
-            assert row["reward_model"] == {"style": "rule", "ground_truth": answer.rpartition("####")[2].strip()}
+            assert row["reward_model"] == {
+                "style": "rule",
+                "ground_truth": answer.rpartition("####")[2].strip().replace(",", ""),
+            }
             assert row["data_source"] == "openai/gsm8k" and row["extra_info"]["split"] == split
     assert not {question_text(r["prompt"]) for r in train} & {question_text(r["prompt"]) for r in held}
 
@@ -200,6 +203,29 @@ def test_eval_set_makes_verls_validation_files(tmp_path):
             assert reward.compute_score(name, boxed, row["reward_model"]["ground_truth"])["score"] == 1.0
     assert main(["eval-set", str(tmp_path / "four"), files[0], "--repeat", "4", "--suffix", ""]) == 0
     assert pq.read_table(tmp_path / "four" / "aime24.parquet").num_rows == 4 * len(eval_set("aime24"))
+
+
+def test_verls_own_scorer_gives_every_converted_solution_one(tmp_path):
+    """It takes the commas out of an answer, and none out of the expected one: 1,080 could never be right."""
+    scorer = pytest.importorskip("verl.utils.reward_score.gsm8k")
+    made = [
+        {"question": f"{i}?", "answer": f"So.\n#### {n}"} for i, n in enumerate(("1,080", "-12,345,678", "1,080.50"))
+    ]
+    rows = converted(tmp_path, gsm8k() + gsm8k("test") + made)
+    assert [
+        r for r in rows if scorer.compute_score(r["target"][0]["content"], r["reward_model"]["ground_truth"]) != 1
+    ] == []
+    assert [r["reward_model"]["ground_truth"] for r in rows[-3:]] == ["1080", "-12345678", "1080.50"]
+    rows = converted(tmp_path, [{"problem": "a?", "solution": "#### 1,080"}, {"problem": "b?", "solution": "#### 1,2"}])
+    assert [r["reward_model"]["ground_truth"] for r in rows] == ["1080", "1,2"]
+
+
+def test_a_box_may_span_lines(tmp_path):
+    matrix = "\\begin{pmatrix} 1 \\\\\n 2 \\end{pmatrix}"
+    rows = [{"problem": f"{i}?", "solution": f"So \\boxed{{\n{box}\n}}."} for i, box in enumerate((matrix, "42"))]
+    made = converted(tmp_path, rows)
+    assert [r["reward_model"]["ground_truth"] for r in made] == [matrix, "42"]
+    assert reward.compute_score("math", rows[0]["solution"], matrix.replace("\n", ""))["score"] == 1.0
 
 
 def said(tmp_path, capsys, rows, *options):

@@ -8,6 +8,10 @@ verl calls a synchronous reward function in a thread, where `signal.alarm` canno
 processes of its own with a hard limit of time and memory: `9**9**9**9` costs at most the limit, and only its process,
 which is replaced. The file stands on its own: verl imports it by path.
 
+The last box alone is graded, as `\\boxed{…}`, `\\fbox{…}` or `\\boxed 5`; boxes side by side are one answer (so
+`\\boxed{1} or \\boxed{2}` is no 2), an empty one is none, and without a box the solution's end is read. An expected
+letter takes one letter and no hedge; all else goes to math-verify, spelled alike by `reward_worker.tidy`.
+
 Every grader returns the same keys, all finite: `score` and `acc` (1.0 or 0.0), `grading_failed` (1.0 where grading hit
 a limit or broke, so that the score 0.0 says nothing about the answer).
 """
@@ -33,11 +37,15 @@ TIMEOUT = 10.0  # seconds a call of the symbolic grader may take
 WORKERS = 2  # grader processes; verl runs eight reward workers, each with its own
 MEMORY_MB = 2048  # address space of a grader process
 _START_TIMEOUT = 300.0  # seconds to import SymPy on a busy machine
-_TAIL = 4000  # characters of a solution that the symbolic grader looks at, at its end or before its last box
+_TAIL = 4000  # characters at the end of a solution without a box that the symbolic grader looks at
 _BOX_SEARCH = 50_000  # characters at a solution's end where a box is looked for
-_BOX_TRIES = 20  # boxes without an end that are passed over: a text of nothing else must not cost its length squared
+_BOX_TRIES = 20  # boxes that are looked at: a text of nothing but their beginnings must not cost its length squared
 
-_COMMA = r"(?:,|\{,\}|\\,)"  # between digits, also as LaTeX writes it
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:(?P<brace>\{)\s*)?")
+# What a box without braces holds; a word would be of a sentence about boxes.
+_BARE = re.compile(r"(?=[-+.]?\d|\\[A-Za-z]|[A-Za-z](?![A-Za-z]))(?:\{[^{}]*\}|[^\s${}])+")
+_BETWEEN = re.compile(r"[ $,;~\\()]{0,9}(?:(?:and|or|\\text *\{ *(?:and|or) *\})[ $~\\()]{0,9})?")  # boxes side by side
+_COMMA = r"(?:,|\{,\}|\\,|\\!| (?=\d{3}(?!\d)))"  # between digits, also as LaTeX writes it
 _NUMBER = re.compile(
     r"(?:[A-Za-z]*\s*[=:])?\s*(?P<sign>[-+]?)\s*(?:"
     r"(?:(?P<whole>\d+)\s+)?(?P<over>\d+)\s*/\s*(?P<under>\d+)|"
@@ -48,27 +56,25 @@ _NUMBER = re.compile(
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
 # What may follow a number without being a unit: another operand, a variable, a constant.
 _NO_UNIT = re.compile(
-    r"(?:or|and|to|out|plus|minus|(?:ten|hundred|thousand)ths?|[xyz]+|pi|π)(?![^\W_])|[abeiknqr]$|.*[+*=<>^\\?×÷·≤≥≠~|]",
-    re.IGNORECASE,
+    r"(?i)(?:or|and|to|out|plus|minus|(?:ten|hundred|thousand)ths?|[xyz]+|pi|π)(?![^\W_])|[abeiknqr]$|.*[+*=<>^\\?×÷·≤≥≠~|]"
 )
 _PLAIN = (  # what stands around a number, and the same in plain text
     (re.compile(r"\\(?:text|mathrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}"), r" \1 "),
+    (re.compile(r"\\?[$€£]|\\[();:\s]|\*\*|__|`|(?<=\d)~(?=[A-Za-z\d\\])"), " "),
     (re.compile(r"\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}"), r" \1/\2"),
     (re.compile(r"\^?\{?(?:\\circ|\\degree)\}?"), "°"),
     (re.compile(r"(?<=[A-Za-z])(?:\^\{?[23]\}?|[²³])"), ""),  # cm²; x² has a variable all the same
     (re.compile(r"(?<=[A-Za-z])\s*\([^()]*\)"), ""),  # 72 clips (48 + 24)
-    (re.compile(r"\\?[$€£]|\\[()\s]|\*\*|__|`"), " "),
     (re.compile(r"\\%"), "%"),
     (re.compile("[−–]"), "-"),
-    # 134 pounds after 2 weeks, 72 boxes of 12; but 1 in 5 is no 1
-    (
-        re.compile(
-            r"(?:(?<=[A-Za-z])\s+(?:in|of|from|by|per|on)|\s(?:for|after|at|before|since|every))\b(?!.*\bor\b).*"
-        ),
-        "",
-    ),
+    (re.compile(r"(?<=[A-Za-z])\s+(?:in|of|from|by|per|on)\b(?!.*\bor\b).*"), ""),  # 72 boxes of 12; but 1 in 5 is no 1
+    (re.compile(r"\s(?:for|after|at|before|since|every)\b(?!.*\bor\b).*"), ""),  # 134 pounds after 2 weeks
 )
-_CHOICE = re.compile(r"^\(?([A-Z])\)?(?:[.:)\s].*)?$", re.DOTALL)
+_LETTER = re.compile(r"\(?([A-Z])\)?\.?")
+_CHOICE = re.compile(r"\(?([A-Z])(?:\)?[.:)]|(?=\s+[^\W_])|$)(.*)", re.DOTALL)
+# Behind a letter: a joint, another letter in brackets, or letters alone.
+_HEDGE = re.compile(r"(?s)\W*(?:or|and|nor)\b|\s*[,;/&]|.*(?:^|[\s,;/&])\(?[A-J]\)|(?:\W*\b[A-J]\b)+\W*$")
+_CHOICES = re.compile(r"gpqa|mmlu|mcq|multiple.?choice|(?<![a-z])arc(?:[_-](?:c|e|easy|challenge))?(?![a-z_-])")
 
 
 def _text(value) -> str:
@@ -88,28 +94,35 @@ def _truths(ground_truth) -> list[str]:
 
 def last_boxed(text: str) -> str | None:
     r"""Content of the last `\boxed{…}` (or `\fbox{…}`) whose braces close, else None; looked for near the end."""
-    box = _last_box(text)
-    return None if box is None else text[slice(*box)]
+    return next((content for _, _, content, _ in _boxes(text, bare=False) if content is not None), None)
 
 
-def _last_box(text: str) -> tuple[int, int] | None:
-    """Where the content of the last box begins and ends in the text."""
-    skipped = max(0, len(text) - _BOX_SEARCH)
-    end = len(text)
-    for _ in range(_BOX_TRIES):
-        start = max(text.rfind("\\boxed{", skipped, end), text.rfind("\\fbox{", skipped, end))
-        if start < 0:
-            return None
-        depth, first = 0, text.index("{", start)
-        for i in range(first, len(text)):
-            if text[i] == "{":
-                depth += 1
-            elif text[i] == "}":
-                depth -= 1
-                if depth == 0:
-                    return first + 1, i
-        end = start
-    return None
+def _boxes(text: str, bare: bool = True):
+    """The boxes, the last first: its start, its inside's, its content (None where its braces do not close), its end."""
+    for box in list(_BOX.finditer(text, max(0, len(text) - _BOX_SEARCH)))[: -_BOX_TRIES - 1 : -1]:
+        if box["brace"]:
+            depth, end = 1, box.end("brace")
+            while depth and end < len(text):
+                depth += (text[end] == "{") - (text[end] == "}")
+                end += 1
+            yield box.start(), box.end(), None if depth else text[box.end("brace") : end - 1], end
+        elif bare and (content := _BARE.match(text, box.end())):
+            yield box.start(), box.end(), content[0], content.end()
+
+
+def boxed_answer(text: str) -> str | None:
+    """The content of the last box that closes, and of those side by side with it; None without a box."""
+    contents, start = [], None
+    for box, inside, content, end in _boxes(text):
+        if start == inside:  # right around the one before
+            if content is None:
+                return ""
+        elif content is not None and (start is None or _BETWEEN.fullmatch(text, end, start)):
+            contents.append(unboxed(content))
+        elif start is not None:
+            break
+        start = box if contents else None
+    return (contents[0] and ", ".join(dict.fromkeys(reversed(contents)))) if contents else None
 
 
 def unboxed(text: str) -> str:
@@ -133,8 +146,7 @@ def _number(text: str) -> Fraction | None:
     for pattern, plain in _PLAIN:
         text = pattern.sub(plain, text)
     text = unboxed(text.strip(" *_").rstrip(" .,;*_"))
-    match = _NUMBER.fullmatch(text)
-    if match is None:
+    if (match := _NUMBER.fullmatch(text)) is None:
         return None
     unit = match["unit"].strip()
     named = unit.lstrip("%°/ -")
@@ -150,6 +162,22 @@ def _number(text: str) -> Fraction | None:
     return (-value if match["sign"] == "-" else value) * scale
 
 
+def _letters(truths: list[str]) -> list[str]:
+    """The expected answers that are a capital letter: `C`, `(C)`."""
+    return [letter[1] for letter in map(_LETTER.fullmatch, map(_unmarked, truths)) if letter]
+
+
+def _chosen(answer: str, letters: list[str]) -> bool | None:
+    """Whether an answer is an expected letter and no other; None where it does not begin with a letter."""
+    if (choice := _CHOICE.fullmatch(_unmarked(answer))) is None:
+        return None
+    return choice[1] in letters and not _HEDGE.match(re.sub(rf"\b{choice[1]}\b", "", choice[2]))
+
+
+def _unmarked(text: str) -> str:
+    return _PLAIN[1][0].sub(" ", _PLAIN[0][0].sub(r" \1 ", text)).strip()
+
+
 def _same_number_or_text(given: str, truth: str) -> bool:
     a, b = _number(given), _number(truth)
     return a == b if a is not None and b is not None else given.strip().casefold() == truth.strip().casefold()
@@ -158,54 +186,44 @@ def _same_number_or_text(given: str, truth: str) -> bool:
 def exact_match(data_source, solution_str, ground_truth, extra_info=None, **kwargs) -> dict[str, float]:
     r"""1.0 where the whole solution, or the content of its last `\boxed{…}`, is an accepted answer, spaces apart."""
     solution = _text(solution_str).strip()
-    boxed = last_boxed(solution)
-    return _verdict(any(t == solution or (boxed is not None and t == boxed.strip()) for t in _truths(ground_truth)))
+    return _verdict(not {solution, (boxed_answer(solution) or "").strip()}.isdisjoint(_truths(ground_truth)))
 
 
 def hash_answer(data_source, solution_str, ground_truth, extra_info=None, **kwargs) -> dict[str, float]:
     """GSM8K's own form: 1.0 where what follows the last `####`, to the end of its line, is the expected number."""
     _, mark, tail = _text(solution_str).rpartition("####")
-    if not mark:
-        return _verdict(False)
     given = (tail.strip().splitlines() or [""])[0]
     truths = [t.rpartition("####")[2].strip() for t in _truths(ground_truth)]
-    return _verdict(any(_same_number_or_text(given, t) for t in truths))
+    return _verdict(bool(mark) and any(_same_number_or_text(given, t) for t in truths))
 
 
 def multiple_choice(data_source, solution_str, ground_truth, extra_info=None, **kwargs) -> dict[str, float]:
-    r"""1.0 where the last `\boxed{…}` holds the expected letter: `D`, `(D)`, `\text{D}` or `D. because …`."""
-    boxed = last_boxed(_text(solution_str))
-    if boxed is None:
-        return _verdict(False)
-    letter = _CHOICE.match(re.sub(r"^\\(?:text|mathrm|textbf|mathbf)\{(.*)\}$", r"\1", boxed.strip(), flags=re.DOTALL))
-    return _verdict(letter is not None and letter.group(1) in _truths(ground_truth))
+    r"""1.0 where the last `\boxed{…}` holds the expected letter and no other: `D`, `(D)`, `\text{D}`, `(D) 12`.
+
+    A row that expects no letter (an option's number, its text) is `math_verify`'s.
+    """
+    letters, boxed = _letters(_truths(ground_truth)), boxed_answer(_text(solution_str))
+    if not letters:
+        return math_verify(data_source, solution_str, ground_truth, extra_info, **kwargs)
+    return _verdict(boxed is not None and _chosen(boxed, letters) is True)
 
 
 def math_verify(
-    data_source,
-    solution_str,
-    ground_truth,
-    extra_info=None,
-    timeout: float = TIMEOUT,
-    workers: int = WORKERS,
-    memory_mb: int = MEMORY_MB,
-    **kwargs,
+    data_source, solution_str, ground_truth, extra_info=None, timeout=TIMEOUT, workers=WORKERS, memory_mb=MEMORY_MB, **_
 ) -> dict[str, float]:
-    r"""1.0 where math-verify finds the answer equal to the expected one, or its last `\boxed{…}` is that very text.
+    r"""1.0 where math-verify finds the answer equal to an expected one, or it is that very text or letter.
 
-    `timeout` is in seconds a call, not counting the wait for a free process; `memory_mb` bounds a process's address
-    space.
+    `timeout`: seconds a call, the wait for a free process apart; `memory_mb` bounds a process's address space.
     """
-    solution, truths = _text(solution_str), _truths(ground_truth)
-    box = _last_box(solution)
-    if box is not None and unboxed(solution[slice(*box)]) in truths:
-        return _verdict(True)  # the same text needs no algebra; math-verify cannot parse every answer there is
-    if not solution.strip():
-        return _verdict(False)
-    # The answer stands at the end; a whole chain of thought takes long to search and has numbers that are not it.
-    first, last = box or (len(solution), len(solution))
-    end = min(len(solution), last + _TAIL // 10)
-    solution, failed = solution[max(0, min(end - _TAIL, first - _TAIL // 10)) : end], False
+    solution, truths = _text(solution_str).strip(), _truths(ground_truth)
+    boxed = boxed_answer(solution)
+    answer = solution if boxed is None else " ".join(boxed.split())
+    if not answer or answer in truths:
+        return _verdict(bool(answer))  # the same text needs no algebra; math-verify cannot parse every answer there is
+    if boxed and (letters := _letters(truths)) and (chosen := _chosen(boxed, letters)) is not None:
+        return _verdict(chosen)
+    # Without a box the answer stands at the end: a whole chain of thought takes long to search, and has other numbers.
+    solution, failed = solution[-_TAIL:] if boxed is None else "\\boxed{" + answer + "}", False
     for truth in truths:
         reply = pool(workers, memory_mb).grade(solution, truth, timeout)
         if reply["score"] > 0:
@@ -214,30 +232,21 @@ def math_verify(
     return _verdict(False, failed)
 
 
-GRADERS = {
-    "math_verify": math_verify,
-    "hash_answer": hash_answer,
-    "multiple_choice": multiple_choice,
-    "exact_match": exact_match,
-}
+GRADERS = {grader.__name__: grader for grader in (math_verify, hash_answer, multiple_choice, exact_match)}
 
 
 def grader_of(data_source, solution_str: str, grader: str | None = None, graders: dict | None = None):
     r"""The grader of a row: `grader` for all rows, else `graders[data_source]`, else by what the source's name says.
 
     A name with `gsm8k` takes the `####` form, and the symbolic grader where the solution writes `\boxed{…}` instead;
-    one with `gpqa` takes multiple choice; all others take math-verify.
+    one of multiple choice (`gpqa`, `mmlu`, `arc_c`, `multiple_choice`, …) takes that; all others take math-verify.
     """
     source = _text(data_source)
     name = grader or (graders or {}).get(source)
     if name is None:
-        lower = source.lower()
-        if "gpqa" in lower:
-            name = "multiple_choice"
-        elif "gsm8k" in lower:
-            name = "math_verify" if "####" not in solution_str and "\\boxed{" in solution_str else "hash_answer"
-        else:
-            name = "math_verify"
+        lower, boxed = source.lower(), "####" not in solution_str and _BOX.search(solution_str)
+        in_hashes = "gsm8k" in lower and not boxed
+        name = "multiple_choice" if _CHOICES.search(lower) else "hash_answer" if in_hashes else "math_verify"
     if name not in GRADERS:
         raise ValueError(f"unknown grader {name!r} for data source {source!r}; choose from {sorted(GRADERS)}")
     return GRADERS[name]
@@ -275,13 +284,12 @@ class _Worker:
 
     def __init__(self, memory_mb: int):
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "reward_worker.py")
-        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [sys.executable, script, str(memory_mb)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=environment,
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
             bufsize=0,
         )
         self._received = b""

@@ -4,6 +4,7 @@ A row that cannot be read raises `BadRow`, which names the field.
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -191,10 +192,16 @@ def _read_four_hash(row: Row, layout: Layout) -> Question:
     """GSM8K's form: one field has the worked solution and, after ####, the expected answer."""
     prompt, demos = _prompt_and_demos(row, layout)
     text = row.values.get(layout.truth)
-    answer = text.rpartition("####")[2].strip() if isinstance(text, str) and "####" in text else ""
+    answer = _after_hashes(text) if isinstance(text, str) else ""
     if not answer:
         raise row.bad(layout.truth, f"has no `#### answer` at its end; {_NEEDED}")
-    return Question(prompt, demos, answer.splitlines()[0].strip())
+    return Question(prompt, demos, answer)
+
+
+def _after_hashes(text: str) -> str:
+    """The line behind the last `####`, without the commas in its numbers: verl's scorer takes them out of answers."""
+    line = (text.rpartition("####")[2].strip().splitlines() or [""])[0] if "####" in text else ""
+    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", line.strip())
 
 
 def _demos(row: Row, layout: Layout) -> list[Any]:
@@ -285,9 +292,9 @@ def _expected_answer(row: Row, layout: Layout, demos: list) -> str:
         return encodable(row, layout.truth, text)
     for demo in demos:
         text = demo if isinstance(demo, str) else demo[-1]["content"] if demo else ""
-        answer = text.rpartition("####")[2].strip() if "####" in text else last_boxed(text)
-        if answer and answer.strip():
-            return answer.strip().splitlines()[0].strip()
+        answer = _after_hashes(text) if "####" in text else (last_boxed(text) or "").strip()
+        if answer:
+            return answer
     problem = "no expected answer"
     if layout.demo or FORMATS[layout.format].demo != "none":
         problem += ", neither in a field nor, after `####` or in \\boxed{}, at the end of a demonstration"
