@@ -342,18 +342,37 @@ def test_thousands_behind_the_marks():
         assert score(f"#### {given}", "1080", "openai/gsm8k") == score(f"#### {given}", "18", "openai/gsm8k") == 0.0
 
 
-# --- the labelled answers, where the files are ------------------------------------------------------------------------
+# --- labelled answers: people's where the files are, else a few of our own --------------------------------------------
 
-CASES = Path(os.environ.get(VARIABLE, ""), "grading", "cases.jsonl")
+CASES = Path(os.environ.get(VARIABLE) or "nowhere", "grading", "cases.jsonl")
+OURS = [
+    {"answer": f"Adding up, ${answer}$.", "ground_truth": truth, "data_source": "math", "accept": accept}
+    for answer, truth, accept in (
+        ("\\boxed{\\tfrac12}", "\\frac{1}{2}", True),
+        ("\\boxed{0.5}", "\\frac{1}{2}", True),
+        ("\\boxed{1{,}080}", "1080", True),
+        ("\\boxed{12~\\text{cm}^2}", "12", True),
+        ("\\boxed{x = 7}", "7", True),
+        ("\\boxed{(C)}", "C", True),
+        ("\\boxed{7} \\text{ or } \\boxed{8}", "7", False),
+        ("\\boxed{7 \\text{ or } 8}", "7", False),
+        ("\\boxed{}", "7", False),
+        ("\\boxed{C \\text{ and } D}", "C", False),
+        ("7 \\text{, so } \\boxed{9}", "7", False),
+        ("\\boxed{108}", "1080", False),
+    )
+]
 
 
-@pytest.mark.skipif(not (os.environ.get(VARIABLE) and CASES.is_file()), reason=f"{VARIABLE} has no grading/cases.jsonl")
 def test_the_labelled_answers():
-    cases = [json.loads(line) for line in CASES.read_text(encoding="utf-8").splitlines()]
+    labelled = CASES.is_file()
+    cases = [json.loads(line) for line in CASES.read_text(encoding="utf-8").splitlines()] if labelled else OURS
     scores = [score(case["answer"], case["ground_truth"], case["data_source"]) for case in cases]
     accepted = [case for case, got in zip(cases, scores, strict=True) if got == 1.0 and not case["accept"]]
     rejected = [case for case, got in zip(cases, scores, strict=True) if got == 0.0 and case["accept"]]
-    assert len(cases) == 247 and len(accepted) <= 2 and len(rejected) <= 5, (accepted, rejected)
+    assert len(cases) == (247 if labelled else 12)
+    assert (len(accepted), len(rejected)) <= ((2, 5) if labelled else (0, 0)), (accepted, rejected)
+    assert len(rejected) <= (5 if labelled else 0), rejected
 
 
 def test_tidying_is_done_once_for_all_and_leaves_what_it_does_not_know():
