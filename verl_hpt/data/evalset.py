@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
             layout = layout or detect(row)
             if layout.truth is None:
                 raise row.bad("answer", "no expected answer found")
-            made = to_verl(row, layout, options)
+            made, _ = to_verl(row, layout, options)
             rows += [{**made, "target": []}] * args.repeat
         with Writer(out, schema_of([rows], False)) as writer:
             for position, path, problem in writer.write(rows, "test"):

@@ -9,7 +9,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +47,7 @@ class Row(NamedTuple):
         return BadRow(self.file, self.number, field, problem)
 
     def fields(self) -> str:
-        return ", ".join(f"`{name}`" for name in self.values) or "no fields"
+        return listed(self.values) or "no fields"
 
     def get(self, path: str | None) -> Any:
         """The value at `a` or `a.b`, None where a part is missing."""
@@ -55,6 +55,13 @@ class Row(NamedTuple):
         for part in (path or "").split("."):
             value = value.get(part) if isinstance(value, dict) else None
         return value
+
+
+def listed(names: Iterable[str]) -> str:
+    """The names for a message, no more than can be read in it."""
+    names = list(names)
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return ", ".join(f"`{name[:60]}`" for name in names[:20]) + more
 
 
 Skip = Callable[[BadRow], None]  # what to do with a row that cannot be read: count it, or raise
