@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from verl_hpt import reward
 from verl_hpt.data import fields
 
-_PLAIN_VALUE = re.compile(r"[\w./+@%-]+")  # Hydra reads it as it stands, and so does the shell
+_PLAIN_VALUE = re.compile(r"[\w./+@%-]+", re.ASCII)  # Hydra reads it as it stands, and so does the shell
 
 
 @dataclass
@@ -48,8 +48,8 @@ def left_out_text(name: str) -> str:
 def override(key: str, value: str) -> str:
     """One override of a verl command, quoted for Hydra and for the shell."""
     if not _PLAIN_VALUE.fullmatch(value):
-        quoted = value.replace("\\", "\\\\").replace("'", "\\'")
-        value = f"'{quoted}'"
+        quoted = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + match[2].replace("'", "\\'"), value)
+        value = f"'{quoted}'"  # Hydra reads a backslash as one, but for those before a quote
     return shlex.quote(f"{key}={value}")
 
 

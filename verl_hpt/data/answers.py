@@ -10,9 +10,9 @@ from verl_hpt.demos.demonstration import plain
 from verl_hpt.reward import last_boxed, unboxed
 
 NEEDED = (
-    "the reward needs one: --answer-key names its field, --no-answer writes an empty one (for a reward of your own)"
+    "the reward needs one: --answer-key names its field, `data convert --skip-bad` leaves such rows out, "
+    "`data convert --no-answer` writes an empty one (for a reward of your own)"
 )
-NEEDED += ", `data convert --skip-bad` leaves such rows out"
 _SAID = re.compile(r"the (?:final )?answer is:\s*(\S.*?)\.?$", re.IGNORECASE)  # MetaMathQA's last line
 _LONGEST = 100  # characters of a solution that is nothing but its answer
 

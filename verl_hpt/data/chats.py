@@ -56,16 +56,6 @@ def _is_call(call: Any) -> bool:
     return isinstance(function, dict) and isinstance(function.get("name"), str)
 
 
-def is_message(value: Any) -> bool:
-    """Whether the value is a list of messages."""
-    wanted = ({"role", "content"}, {"from", "value"}, {"role", "tool_calls"})
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(m, dict) and any(keys <= m.keys() for keys in wanted) for m in value)
-    )
-
-
 def calls_of(value: Any) -> list[dict] | None:
     """The tool calls that a list, or JSON text of one, holds; None: it holds something else."""
     calls = value if isinstance(value, list) else _loaded(value)

@@ -185,7 +185,7 @@ def _layout(checks: Check, row: Row) -> Layout | None:
         result.found("form", row.number, layout.prompt, f"read as `{layout.format}`")
     else:
         result.notes.append(f"not in verl's form yet (read as `{layout.format}`): `verl-hpt data convert` first")
-    return replace(layout, no_answer=not checks.needs_answer)
+    return replace(layout, no_answer=checks.grade is not None and not checks.needs_answer)
 
 
 def _check_batch(checks: Check, batch: list[Row], threads) -> list[tuple[list[int], Demonstration]]:

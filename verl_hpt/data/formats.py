@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from verl_hpt.data import answers, fields
-from verl_hpt.data.chats import calls_of, encodable, is_message, messages_of, tool_call
+from verl_hpt.data.chats import calls_of, encodable, messages_of, tool_call
 from verl_hpt.data.fields import any_case, first
-from verl_hpt.data.read import Row, unwrap_hint
+from verl_hpt.data.read import Row, is_chat, unwrap_hint
 from verl_hpt.demos.demonstration import demonstrations, plain
 
 
@@ -117,6 +117,8 @@ def by_name(values: dict, keys: Layout, *needed: str) -> Layout | None:
     names, prompt, demo = any_case(values), keys.prompt or first(values, fields.PROMPTS), keys.demo
     if prompt is None:
         return None
+    if isinstance(values.get(prompt), dict) and is_chat(plain(values[prompt]).get("messages")):
+        prompt = f"{prompt}.messages"  # OpenAI's preferences
     if demo is None:
         answers_name = names.get("answers")  # a list of them is of demonstrations, unless it was named as the truth
         listed = answers_name != keys.truth and isinstance(values.get(answers_name), list)
@@ -229,7 +231,9 @@ def _read_fields(row: Row, layout: Layout) -> Question:
     truth = _truth(row, layout, demos)
     options = _options(row, layout)[1] if used and layout.truth else None
     if options is not None:
-        truth = fields.letter(options, truth if isinstance(truth, list) else plain(row.get(layout.truth)))
+        value = plain(row.get(layout.truth))
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
+        truth = [fields.letter(options, v) for v in value] if isinstance(value, list) else fields.letter(options, value)
     return Question(prompt, demos, truth, frozenset(used))
 
 
@@ -249,9 +253,9 @@ def _truth(row: Row, layout: Layout, demos: list) -> Any:
 def _detect_chat(values: dict, keys: Layout) -> Layout | None:
     names = any_case(values)
     found = [names[key] for key in fields.CHATS if key in names and isinstance(values[names[key]], list)]
-    chat = next((name for name in found if name.lower() in fields.CHATS[:2] or is_message(values[name])), None)
+    chat = next((name for name in found if name.lower() in fields.CHATS[:2] or is_chat(values[name])), None)
     preferred = names.get("chosen")
-    if chat is None and is_message(values.get(preferred)) and not first(values, fields.PROMPTS):
+    if chat is None and is_chat(values.get(preferred)) and not first(values, fields.PROMPTS):
         chat = preferred  # the question is what both answers begin with
     if chat is None or keys.prompt is not None or ("prompt" in names and not _asks_first(values, names, chat)):
         return None

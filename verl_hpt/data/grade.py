@@ -60,7 +60,10 @@ def verls_default() -> Callable:
 
 def default_notes(samples: dict[str, list[tuple[str, Any, dict]]], success: float) -> list[str]:
     """What verl's default scorer makes of a few demonstrations (text, truth, extra_info) of each data source."""
-    grade, lines, mend = load_reward("verl", {}), [], False
+    try:
+        grade, lines, mend = load_reward("verl", {}), [], False
+    except UserError as error:
+        return [f"verl's default scorer could not be tried: {error}"]
     for source, demos in sorted(samples.items()):
         if source in _RUN_CODE:
             lines.append(f"{source}: not tried, it runs the code of the answer")
