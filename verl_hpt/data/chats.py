@@ -1,5 +1,6 @@
 """Chat messages of many forms, and those that stand in a row as JSON text, to role, content and what else they have."""
 
+import functools
 import json
 from typing import Any
 
@@ -74,6 +75,8 @@ def tool_call(call: dict) -> dict:
 
 def encodable(row: Row, key: str | None, text: str) -> str:
     """The text; raises `BadRow` where UTF-8 cannot hold it."""
+    if text.isascii():
+        return text
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -83,9 +86,15 @@ def encodable(row: Row, key: str | None, text: str) -> str:
 
 def opened(values: dict, keys: set[str]) -> tuple[dict, list[str]]:
     """The row with chats (and a reward_model) that stand in it as JSON text parsed, and the names of those fields."""
-    known = [name for name in values if name in keys or name.lower() in keys]
+    known = _named(tuple(values), frozenset(keys))
     parsed = {name: new for name in known if (new := _parsed(name.lower(), values[name])) is not None}
-    return {**values, **parsed}, list(parsed)
+    return ({**values, **parsed} if parsed else values), list(parsed)
+
+
+@functools.lru_cache(maxsize=256)
+def _named(names: tuple[str, ...], keys: frozenset[str]) -> tuple[str, ...]:
+    """Those of a row's names that are known; the same for nearly all rows of a file."""
+    return tuple(name for name in names if name in keys or name.lower() in keys)
 
 
 def _parsed(name: str, value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 verl's row: `data_source`, `prompt` (chat messages), `ability`, `reward_model` {style, ground_truth}, `extra_info`
 {index, split}; ours: `target`, the demonstrations. The input is read twice: for the columns' types, then to write.
-Memory is that of one row group (16 MiB of text). Output goes to `OUT.part` first: what has the name OUT is whole.
+Memory is that of one row group (8 MiB of text). Output goes to `OUT.part` first: what has the name OUT is whole.
 """
 
 import argparse
@@ -188,7 +188,7 @@ def run(args: argparse.Namespace) -> int:
     log = Log(args.skip_bad)
     best = Best(load_reward(args.reward, {})) if args.best_of_graded else None
     rows = itertools.islice(_rows(args, log, log.skip, best), args.limit)
-    schema = schema_of(([row.values for row in group] for group in groups(rows)), args.several)
+    schema = schema_of(_values(groups(rows)), args.several)
     for option, names in (("--drop", args.drop), ("--as-text", args.as_text)):
         if missing := [name for name in names if name not in log.edited]:
             known = listed([*{name: None for names in log.fields.values() for name in names}])
@@ -221,6 +221,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _values(batches: Iterator[list[Row]]) -> Iterator[list[dict]]:
+    """The rows' values, of one batch at a time in memory."""
+    for batch in batches:
+        values = [row.values for row in batch]
+        batch.clear()
+        yield values
+        values.clear()
+
+
 def _write(args: argparse.Namespace, rows: Iterator[Row], schema, log: Log) -> tuple[Counter, Counter, Counter]:
     """Write the rows; without any, no file. Counts of rows, of rows by data_source, of demonstrations by file."""
     counts, sources, demos = Counter(), Counter(), Counter()
@@ -244,6 +253,8 @@ def _write(args: argparse.Namespace, rows: Iterator[Row], schema, log: Log) -> t
                     demos[row.file] += count
                     counts["without"] += not count
                     sources[row.values["data_source"]] += 1
+            group.clear()  # before the next is made
+            parts.clear()
         if not sources:
             stack.pop_all().__exit__(UserError, None, None)  # no file for no rows
     return counts, sources, demos
