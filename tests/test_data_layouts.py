@@ -81,6 +81,17 @@ def test_one_row_over_many_lines_is_one_row(tmp_path):
         assert made["prompt"] == ask(sums()[0][0])
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_row_of_objects_is_not_taken_for_a_file_of_rows(tmp_path, capsys, indent):
+    path = tmp_path / "in.jsonl"
+    row = {"quiz": {"ask": "1?", "key": "1"}, "steps": [{"text": "x"}]}
+    path.write_text(json.dumps(row, indent=indent), encoding="utf-8")
+    assert main(["convert", str(path), str(tmp_path / "out.parquet")]) == 2
+    assert "row 1: field `prompt`: no question found" in capsys.readouterr().err
+    (made,) = converted(path, "--prompt-key", "quiz.ask", "--answer-key", "quiz.key")
+    assert made["prompt"] == ask("1?") and made["steps"] == row["steps"]
+
+
 def said(tmp_path, capsys, rows, *options):
     """(status, rows, standard output, standard error)"""
     path, out = tmp_path / "in.jsonl", tmp_path / "out.parquet"

@@ -23,7 +23,7 @@ MAX_ROW_BYTES = 64 * 2**20  # one row of text; anything larger is damage, not da
 _BATCH_BYTES = 8 * 2**20
 _SUFFIXES = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".ndjson")
 _MAX_OBJECT_BYTES = 256 * 2**20  # one JSON object around all rows is read whole
-_ASKING = ("prompt", "question", "problem", "query", "instruction")  # a row has such a text, metadata has none
+_ASKING = ("prompt", "question", "problem", "query", "instruction", "input", "messages", "conversations")
 _CHAT_LINE = re.compile(rb'\s*\[\s*\{\s*"(?:role|content|from|value)"')
 _BETWEEN = re.compile(r"\s*,?\s*")  # what stands between the rows of a JSON list
 _UNREADABLE = (OSError, EOFError, zlib.error)
@@ -297,21 +297,25 @@ def _rows_in(source: str, whole: dict) -> list[dict] | None:
     if not values or any(map(is_chat, values)) or any(isinstance(whole.get(key), str) for key in _ASKING):
         return None
     lists = [key for key, value in whole.items() if isinstance(value, list) and value]
-    of_rows = [key for key in lists if all(isinstance(item, dict) for item in whole[key])]
-    if len(of_rows) == 1 and len(lists) == 1:
-        return whole[of_rows[0]]
+    of_rows = [key for key in lists if all(isinstance(item, dict) for item in whole[key]) and _asks(whole[key][0])]
     if len(of_rows) > 1:
-        raise BadRow(
-            source, 0, "(file)", f"has several lists of rows, {listed(of_rows)}{unwrap_hint(source, of_rows[0])}"
-        )
+        problem = f"has several lists of rows, {listed(of_rows)}{unwrap_hint(source, of_rows[0])}"
+        raise BadRow(source, 0, "(file)", problem)
+    if of_rows:
+        return whole[of_rows[0]]
     if all(isinstance(value, dict) and value for value in values):
         keys = list(values[0])
-        if all(key.isdigit() for key in keys) and all(list(value) == keys for value in values):  # pandas' to_json
+        if _asks(whole) and all(list(value) == keys for value in values):  # pandas' to_json
             return [{name: column[key] for name, column in whole.items()} for key in keys]
-        return [{"id": key, **row} for key, row in whole.items()]
-    if len(lists) == len(values) > 1 and len({len(value) for value in values}) == 1:
+        return [{"id": key, **row} for key, row in whole.items()] if _asks(values[0]) else None
+    if _asks(whole) and len(lists) == len(values) > 1 and len({len(value) for value in values}) == 1:
         return [dict(zip(whole, row, strict=True)) for row in zip(*values, strict=True)]
     return None
+
+
+def _asks(row: dict) -> bool:
+    """Whether a field has a name under which a question is looked for."""
+    return any(name.lower() in _ASKING for name in row)
 
 
 def unwrap_hint(source: str, key: str) -> str:
