@@ -1,5 +1,6 @@
 """`data convert` on the layouts of public datasets, at the first try, row by row as a reader of the tests' own."""
 
+import gzip
 import json
 
 import pyarrow as pa
@@ -221,14 +222,55 @@ def test_the_first_of_several_that_is_graded_wrong_is_said_and_can_be_passed_ove
     assert "`correctness_math_verify` calls the first demonstration wrong in 2 rows; --best-of-graded" in err
     assert len(made[0]["target"]) == 3
     rows[1]["answer"] = "7"
-    status, made, out, err = said(tmp_path, capsys, rows, "--best-of-graded")
+    status, made, _, err = said(tmp_path, capsys, rows, "--best-of-graded")
     assert status == 0 and [row["target"] for row in made] == [say("It is \\boxed{2}."), None, say("It is \\boxed{3}.")]
-    assert "of 1 questions the grader accepts no demonstration; they are left without" in out and "WARNING" not in err
+    assert "the grader accepts no demonstration of 1 questions: they are left without" in err and "WARNING" not in err
     (tmp_path / "long.py").write_text("def compute_score(solution_str, **_):\n    return float('So' in solution_str)\n")
     _, made, *_ = said(tmp_path, capsys, rows, "--best-of-graded", "--reward", str(tmp_path / "long.py"))
     assert [row["target"] for row in made] == [say("So \\boxed{2}.")] * 3
     single = {"question": "a?", "deepseek_attempt": "It is 1.", "deepseek_grade": "No", "answer": "2"}
     assert "`deepseek_grade` calls the first demonstration wrong in 1 rows" in said(tmp_path, capsys, [single])[3]
+
+
+def test_a_grader_that_fails_is_said_and_one_that_is_not_used_is_refused(tmp_path, capsys):
+    status, made, _, err = said(tmp_path, capsys, [EIGHT], "--best-of-graded", "--reward", "verl")
+    assert status == 0 and made[0]["target"] is None
+    assert "the grader fails on 3 demonstrations: NotImplementedError: Reward function is not implemented" in err
+    for options in (["--reward", "verl"], ["--best-of-graded", "--reward", "none"]):
+        status, made, _, err = said(tmp_path, capsys, [EIGHT], *options)
+        assert status == 2 and made is None and "--reward names the grader of --best-of-graded" in err
+
+
+def test_true_and_false_are_no_expected_answer_and_a_label_is_one_of_a_completion_alone(tmp_path, capsys):
+    row = {"question": "a?", "solution": "So \\boxed{1}.", "correct": True, "label": False}
+    _, (made,), *_ = said(tmp_path, capsys, [row])
+    assert made["reward_model"]["ground_truth"] == "1" and made["target"] == say(row["solution"])
+    assert made["correct"] is True and made["label"] is False
+    rows = [{"prompt": f"{i}?", "completion": "x", "label": i > 0} for i in range(2)]
+    _, made, out, _ = said(tmp_path, capsys, rows, "--no-answer")
+    assert "demonstrations `completion` where `label` is true" in out and [r["target"] for r in made] == [
+        None,
+        say("x"),
+    ]
+
+
+def test_an_evaluation_set_of_multiple_choice_asks_for_the_letter(tmp_path):
+    (tmp_path / "mmlu.jsonl").write_text(json.dumps({"question": "a?", "choices": ["x", "y"], "answer": 1}))
+    assert main(["eval-set", str(tmp_path), str(tmp_path / "mmlu.jsonl")]) == 0
+    (row,) = pq.read_table(tmp_path / "mmlu.parquet").to_pylist()
+    assert (
+        row["prompt"][0]["content"].startswith("a?\n\nA. x\nB. y\n\n") and "the letter" in row["prompt"][0]["content"]
+    )
+    assert row["reward_model"]["ground_truth"] == "B"
+
+
+@pytest.mark.parametrize("content", [SHAPES["one object around a list"], SHAPES["chats, one a line"]])
+def test_a_damaged_archive_of_any_shape_is_one_message(tmp_path, capsys, content):
+    whole = gzip.compress((content * 50).encode(), 0)
+    for cut in (200, len(whole) // 2, len(whole) - 4):
+        (tmp_path / "in.json.gz").write_bytes(whole[:cut])
+        assert main(["convert", str(tmp_path / "in.json.gz"), str(tmp_path / "out.parquet")]) == 2
+        assert "in.json.gz: " in capsys.readouterr().err
 
 
 def test_the_overrides_compose_as_verl_reads_them(tmp_path, capsys):

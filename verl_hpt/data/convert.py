@@ -55,6 +55,7 @@ class Best:
 
     grade: Grade
     taken: dict[tuple[str, int], int | None] = field(default_factory=dict)  # file and row → index, None: none is right
+    problems: Counter = field(default_factory=Counter)  # why the grader gave no number
 
     def choose(self, made: dict, row: Row) -> None:
         """Leave the first demonstration that the grader accepts, or none."""
@@ -68,8 +69,18 @@ class Best:
         if demo is None:
             return False
         text = "\n".join(message["content"] for message in demo if message["role"] == "assistant")
-        score, *_ = self.grade(made["data_source"], text, made["reward_model"]["ground_truth"], made["extra_info"])
+        truth = made["reward_model"]["ground_truth"]
+        score, problem, _ = self.grade(made["data_source"], text, truth, made["extra_info"])
+        if score is None:
+            self.problems[problem] += 1
         return score is not None and score >= 1
+
+    def warnings(self) -> Iterator[str]:
+        """What the grader did not accept, or could not grade."""
+        if wrong := sum(index is None for index in self.taken.values()):
+            yield f"--best-of-graded: the grader accepts no demonstration of {wrong} questions: they are left without"
+        for problem, count in self.problems.most_common(3):
+            yield f"--best-of-graded: the grader fails on {count} demonstrations: {problem}"
 
 
 def to_verl(row: Row, layout: Layout, options: Options) -> tuple[dict[str, Any], frozenset[str]]:
@@ -185,6 +196,8 @@ def run(args: argparse.Namespace) -> int:
     outputs = [name for path in (args.out, args.val) if path for name in (path, f"{path}.part")]
     if len({os.path.realpath(p) for p in (*args.inputs, *outputs)}) != len(args.inputs) + len(outputs):
         raise UserError("inputs, OUT and --val must be different files, and none an output's name with .part after it")
+    if args.reward is not None and (not args.best_of_graded or args.reward == "none"):
+        raise UserError("--reward names the grader of --best-of-graded, which needs one; leave it out")
     log = Log(args.skip_bad)
     best = Best(load_reward(args.reward, {})) if args.best_of_graded else None
     rows = itertools.islice(_rows(args, log, log.skip, best), args.limit)
@@ -213,9 +226,7 @@ def run(args: argparse.Namespace) -> int:
     if args.val and not counts["train"]:
         problem = f"every question fell to validation, {args.out} has no rows"
         print(f"warning: {problem}; lower --val-share ({args.val_share:g})", file=sys.stderr)
-    if best is not None and (wrong := sum(index is None for index in best.taken.values())):
-        print(f"--best-of-graded: of {wrong} questions the grader accepts no demonstration; they are left without")
-    for warning in log.seen.warnings():
+    for warning in (*log.seen.warnings(), *(best.warnings() if best else ())):
         print(warning, file=sys.stderr)
     print(*ending(args.out, args.val, log.seen, demos.total() > 0), sep="\n")
     return 0

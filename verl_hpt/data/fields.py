@@ -18,7 +18,8 @@ TRUTHS = ("reward_model.ground_truth", "ground_truth", "expected_answer", "final
 TRUTHS += ("answerkey", "correct_answer", "reference_answer", "golden_answers", "correct")
 WORKED_TRUTHS = ("ground_truth_solution", "solution")  # worked solutions beside another demonstration: what they end in
 WORKED = "extra_info.answer"  # where verl's own scripts leave GSM8K's worked solution
-LABELS = ("label", "kto_tag")  # true or false: whether the answer is a good one
+LABELS = ("label", "kto_tag")  # true or false, beside a chat or one of LABELLED: whether the answer is a good one
+LABELLED = ("completion", "response", "output")
 # Whether each demonstration of a row is right, or the one: true or false, or yes or no.
 GRADES = ("correctness_math_verify", "correctness", "correctness_llama", "is_correct", "grades", "deepseek_grade")
 JSON_FIELDS = {*CHATS, *PROMPTS, *DEMOS, "reward_model"}  # read where they hold JSON text
@@ -48,6 +49,12 @@ def first(values: dict, keys: tuple, taken: tuple = ()) -> str | None:
     found = [key for key in found if key is not None and key not in taken]
     filled = (key for key in found if Row("", 0, values).get(key) is not None)
     return next(filled, None) or next((key for key in found if key in values), None)
+
+
+def truth_name(values: dict, taken: tuple = ()) -> str | None:
+    """The field of the expected answer. `correct` is one where it is text: true or false say how good an answer is."""
+    grades = [name for name in values if name.lower() == "correct" and not isinstance(values[name], str)]
+    return first(values, TRUTHS, (*taken, *grades))
 
 
 class Choices(NamedTuple):

@@ -123,7 +123,7 @@ def by_name(values: dict, keys: Layout, *needed: str) -> Layout | None:
         answers_name = names.get("answers")  # a list of them is of demonstrations, unless it was named as the truth
         listed = answers_name != keys.truth and isinstance(values.get(answers_name), list)
         demo = first(values, fields.DEMOS, (prompt, None if listed else answers_name)) or _chat_after(values, prompt)
-    truth = keys.truth or first(values, fields.TRUTHS, (prompt, demo))
+    truth = keys.truth or fields.truth_name(values, (prompt, demo))
     if demo is None and keys.truth is None and _is_demonstration(values, truth, keys.no_answer):
         demo, truth = truth, None
     if demo is None and truth and _is_apart(values, fields.WORKED, truth):
@@ -138,6 +138,8 @@ def _beside(values: dict, layout: Layout) -> dict[str, Any]:
     """Where the rows have what a question needs beside its field."""
     names, taken = any_case(values), (layout.prompt, layout.demo, layout.truth)
     label = next((names[name] for name in fields.LABELS if isinstance(values.get(names.get(name)), bool)), None)
+    if str(layout.demo).lower() not in fields.LABELLED and str(layout.prompt).lower() not in fields.CHATS:
+        label = None
     return {
         "before": tuple(name for key in fields.BEFORE if (name := names.get(key, key)) not in taken),
         "options": tuple(name for key in fields.OPTIONS if (name := names.get(key, key)) not in taken),
@@ -262,7 +264,7 @@ def _detect_chat(values: dict, keys: Layout) -> Layout | None:
     ends = plain(values[chat])
     open_end = bool(ends) and isinstance(ends[-1], dict) and (ends[-1].get("role") or ends[-1].get("from"))
     demo = first(values, fields.DEMOS, (chat,)) if open_end in ("user", "human") else None
-    truth = keys.truth or first(values, fields.TRUTHS, (demo,))
+    truth = keys.truth or fields.truth_name(values, (demo,))
     layout = Layout(chat, keys.demo or demo, truth)
     return replace(layout, **{k: v for k, v in _beside(values, layout).items() if k in ("system", "label")})
 

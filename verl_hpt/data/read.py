@@ -187,11 +187,10 @@ def is_chat(value: Any) -> bool:
 
 def _starts_with_a_chat(source: str) -> bool:
     """Whether the first line is one conversation, so that the file is one of lines and no list of rows."""
-    with _open_binary(source) as file:
-        line = file.readline(MAX_ROW_BYTES)
     try:
-        return is_chat(json.loads(line.decode("utf-8-sig")))
-    except (ValueError, RecursionError):
+        with _open_binary(source) as file:
+            return is_chat(json.loads(file.readline(MAX_ROW_BYTES).decode("utf-8-sig")))
+    except (ValueError, RecursionError, *_UNREADABLE):  # whoever reads the rows says what is wrong
         return False
 
 
@@ -267,8 +266,11 @@ def _rows_of_objects(source: str) -> list[dict] | None:
 
 def _objects(source: str) -> list[dict]:
     """Objects one after another, each on as many lines as it likes."""
-    with _open_binary(source) as file:
-        content = file.read(_MAX_OBJECT_BYTES + 1)
+    try:
+        with _open_binary(source) as file:
+            content = file.read(_MAX_OBJECT_BYTES + 1)
+    except _UNREADABLE as error:
+        raise BadRow(source, 0, "(file)", f"cannot be read: {first_line(error)}") from None
     if len(content) > _MAX_OBJECT_BYTES:
         problem = f"is JSON over many lines and longer than {_MAX_OBJECT_BYTES} bytes; write JSONL, one row a line"
         raise BadRow(source, 0, "(file)", problem)
