@@ -1,8 +1,10 @@
 """`data convert` and `eval-set`: every form becomes verl's, in a stream, and validation never leaks."""
 
+import gzip
 import json
 import math
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -341,10 +343,24 @@ def test_a_missing_expected_answer_says_what_to_do(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("key", ["data", "train"])
-def test_rows_wrapped_in_an_object_are_pointed_at(tmp_path, capsys, key):
+def test_rows_wrapped_in_an_object_are_read(tmp_path, capsys, key):
     for indent in (None, 1):
-        status, _, _, err = said(tmp_path, capsys, json.dumps({"version": "1", key: [asked()]}, indent=indent))
-        assert status == 2 and f"if `{key}` holds the rows" in err and f"[{key!r}]" in err
+        text = json.dumps({"version": "1", key: [asked(), asked(question="b?")]}, indent=indent)
+        status, made, _, err = said(tmp_path, capsys, text)
+        assert status == 0 and not err and [row["prompt"] for row in made] == [[ask("a?")], [ask("b?")]]
+
+
+def test_two_lists_of_rows_in_an_object_are_pointed_at_and_the_remedy_works(tmp_path, capsys):
+    for name in ("in it's.json", "in.json.gz"):
+        path, text = tmp_path / name, json.dumps({"train": [asked()], "test": [asked()]}, indent=1)
+        path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+        assert main(["convert", str(path), str(tmp_path / "out.parquet")]) == 2
+        err = capsys.readouterr().err
+        assert "several lists of rows, `train`, `test`; if `train` holds the rows" in err and len(err) < 500
+        command = err.partition("alone: ")[2].replace("python", shlex.quote(sys.executable), 1)
+        subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+        assert main(["convert", str(tmp_path / "rows.json"), str(tmp_path / "out.parquet")]) == 0
+        assert pq.read_table(tmp_path / "out.parquet").to_pylist()[0]["prompt"] == [ask("a?")]
 
 
 def test_tables_of_text_say_how_to_make_json_of_them(tmp_path, capsys):

@@ -13,15 +13,19 @@ import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from verl_hpt.data import report
+from verl_hpt.data.advice import grader_overrides, left_out_text
+from verl_hpt.data.chats import opened
 from verl_hpt.data.convert import Options, to_verl
-from verl_hpt.data.formats import JSON_FIELDS, Layout, detect, opened
-from verl_hpt.data.grade import Grade, load_reward
+from verl_hpt.data.fields import JSON_FIELDS
+from verl_hpt.data.formats import Layout, detect, left_out
+from verl_hpt.data.grade import Grade, default_notes, load_reward
 from verl_hpt.data.questions import Questions, check_form
 from verl_hpt.data.read import BadRow, Row, count_rows, file_kind, read_rows
 from verl_hpt.data.render import Renderer, difference, renderer
@@ -31,6 +35,7 @@ from verl_hpt.demos.read import read
 from verl_hpt.errors import UserError
 
 _BATCH = 256  # rows graded and tokenised together
+_TRIED = 8  # demonstrations of each data source that verl's default scorer is tried on
 _BEARABLE = ("unusable: too_long", "rejected", "contradiction", "prompt length")  # up to --tolerance
 
 
@@ -45,6 +50,12 @@ class Check:
     grade: Grade | None
     prompt_key: str
     demo_key: str
+    samples: dict[str, list[tuple[str, Any, dict]]] = field(default_factory=dict)  # data source → what is tried
+
+    @property
+    def needs_answer(self) -> bool:
+        """Whether the reward is one that compares with an expected answer; of the user's own nobody knows."""
+        return self.args.reward in (None, "shipped", "verl")
 
     def place(self, demo: Demonstration) -> str:
         return f"{self.demo_key}[{demo.index}]" if demo.index else self.demo_key
@@ -97,7 +108,7 @@ def check(args: argparse.Namespace) -> Result:
     if render is None and (args.max_response_length is not None or args.max_prompt_length is not None):
         result.notes.append("lengths are in characters: --tokenizer is needed to compare them with a limit in tokens")
     if args.reward not in (None, "shipped"):
-        result.grader = args.reward
+        result.grader = "verl's default scorer" if args.reward == "verl" else args.reward
     grade = load_reward(args.reward, args.reward_kwargs)
     checks = Check(args, result, columns, render, grade, args.prompt_key or "prompt", args.demo_key or "target")
     questions, rows = Questions(), _verl_rows(checks)
@@ -109,6 +120,10 @@ def check(args: argparse.Namespace) -> Result:
             questions.check(result, batch)
     for path in args.val:
         questions.check_leak(result, path, checks.prompt_key)
+    if args.reward in (None, "shipped") and checks.samples:
+        result.notes += default_notes(checks.samples, args.success)
+    elif args.reward == "verl" and "reward" in result.findings:
+        result.notes.append("to grade with the shipped grader: " + " ".join(grader_overrides()))
     if args.model:
         _ask_model(args.model, likely, result)
     result.questions = len(questions.known)
@@ -141,11 +156,14 @@ def _verl_rows(checks: Check) -> Iterator[Row]:
         result.rows += 1
         try:
             if layout is None:
-                prompt = check_form(row, checks.prompt_key)
+                prompt, used = check_form(row, checks.prompt_key, checks.needs_answer), frozenset()
                 made = {**row.values, "prompt": prompt, "target": row.values.get(checks.demo_key)}
             else:
-                made = to_verl(row._replace(values=opened(row.values, JSON_FIELDS)[0]), layout, Options())
+                row = row._replace(values=opened(row.values, JSON_FIELDS)[0])
+                made, used = to_verl(row, layout, Options())
                 made |= {name: row.values[name] for name in columns if name in row.values}
+            for name in left_out(row, used):
+                result.found("left out", row.number, name, left_out_text(name))
             yield row._replace(values=made)
         except BadRow as bad:
             result.found("schema", row.number, bad.field, bad.problem)
@@ -167,7 +185,7 @@ def _layout(checks: Check, row: Row) -> Layout | None:
         result.found("form", row.number, layout.prompt, f"read as `{layout.format}`")
     else:
         result.notes.append(f"not in verl's form yet (read as `{layout.format}`): `verl-hpt data convert` first")
-    return layout
+    return replace(layout, no_answer=checks.grade is not None and not checks.needs_answer)
 
 
 def _check_batch(checks: Check, batch: list[Row], threads) -> list[tuple[list[int], Demonstration]]:
@@ -258,6 +276,10 @@ def _grade(checks: Check, demos: list[tuple[Row, Demonstration]], threads) -> No
             continue
         if failed:
             result.found("grading", number, place)
+        samples = checks.samples.setdefault(row.values["data_source"], [])
+        if len(samples) < _TRIED:
+            info = plain(row.values.get("extra_info")) or {}
+            samples.append((_answer(demo), row.values["reward_model"]["ground_truth"], info))
         graded[0] += 1
         graded[1] += score
         if score < checks.args.success:

@@ -15,6 +15,9 @@ from verl_hpt.errors import UserError
 _LEAST = {"limit": 1, "repeat": 1, "max_response_length": 1, "max_prompt_length": 1, "model_rows": 1, "show": 0}
 
 
+_GRADERS = "default: `shipped`, verl_hpt.reward; `verl`, what a run uses that names none"
+
+
 def add_convert(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("inputs", nargs="+", metavar="IN", help="parquet, JSONL, JSON, or owner/name[@config][:split]")
@@ -23,6 +26,9 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     add("--prompt-key", help="field of the question")
     add("--demo-key", help="field of the demonstrations (text, messages, or a list of either)")
     add("--answer-key", help="field of the expected answer, `a.b` for a nested one")
+    add("--no-answer", action="store_true", help="write an empty expected answer where there is none: your own reward")
+    add("--best-of-graded", action="store_true", help="of each row's demonstrations the first that the grader accepts")
+    add("--reward", metavar="PATH[:FUNCTION]", help=f"the grader of --best-of-graded; {_GRADERS}")
     add("--data-source", help="data_source of all rows; it chooses the grader")
     add("--ability", help="ability of all rows; default: the row's own, else math")
     add("--system", help="system message to put before every prompt, in place of one that is there")
@@ -62,7 +68,7 @@ def add_check(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("file", metavar="FILE", help="parquet or JSONL, as verl reads it or not yet converted")
     add("--tokenizer", metavar="PATH", help="render and tokenise as training does")
-    reward = "the run's reward function; default: `shipped`, verl_hpt.reward; `none` to grade nothing"
+    reward = f"the run's reward function; {_GRADERS}; `none` to grade nothing"
     add("--reward", metavar="PATH[:FUNCTION]", help=reward)
     add("--reward-kwargs", type=_json_object, default={}, metavar="JSON", help="its reward_kwargs")
     add("--val", metavar="FILE", action="append", default=[], help="look for its questions in FILE")

@@ -2,7 +2,7 @@
 
 verl's row: `data_source`, `prompt` (chat messages), `ability`, `reward_model` {style, ground_truth}, `extra_info`
 {index, split}; ours: `target`, the demonstrations. The input is read twice: for the columns' types, then to write.
-Memory is that of one row group (16 MiB of text). Output goes to `OUT.part` first: what has the name OUT is whole.
+Memory is that of one row group (8 MiB of text). Output goes to `OUT.part` first: what has the name OUT is whole.
 """
 
 import argparse
@@ -20,9 +20,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from verl_hpt.data.formats import FORMATS, JSON_FIELDS, Layout, detect, encodable, opened, read
+from verl_hpt.data.advice import Seen, ending
+from verl_hpt.data.chats import encodable, opened
+from verl_hpt.data.fields import JSON_FIELDS, OPTIONS, wrongly_graded
+from verl_hpt.data.formats import FORMATS, Layout, detect, left_out, read
+from verl_hpt.data.grade import Grade, load_reward
 from verl_hpt.data.questions import question_text
-from verl_hpt.data.read import BadRow, Row, Skip, count_rows, read_rows, stop
+from verl_hpt.data.read import BadRow, Row, Skip, count_rows, listed, read_rows, stop
 from verl_hpt.data.write import Writer, groups, schema_of
 from verl_hpt.demos.demonstration import plain
 from verl_hpt.demos.select import stable_hash
@@ -45,9 +49,43 @@ class Options:
     strip_calculator: bool = False
 
 
-def to_verl(row: Row, layout: Layout, options: Options) -> dict[str, Any]:
-    """The row in verl's form without its further fields; raises `BadRow`."""
-    prompt, demos, truth = read(row, layout)
+@dataclass
+class Best:
+    """The demonstration that --best-of-graded takes of each row: graded once, though the rows are read twice."""
+
+    grade: Grade
+    taken: dict[tuple[str, int], int | None] = field(default_factory=dict)  # file and row → index, None: none is right
+    problems: Counter = field(default_factory=Counter)  # why the grader gave no number
+
+    def choose(self, made: dict, row: Row) -> None:
+        """Leave the first demonstration that the grader accepts, or none."""
+        key = (row.file, row.number)
+        if key not in self.taken:
+            self.taken[key] = next((i for i, demo in enumerate(made["target"]) if self._is_right(made, demo)), None)
+        index = self.taken[key]
+        made["target"] = [] if index is None else [made["target"][index]]
+
+    def _is_right(self, made: dict, demo: list[dict] | None) -> bool:
+        if demo is None:
+            return False
+        text = "\n".join(message["content"] for message in demo if message["role"] == "assistant")
+        truth = made["reward_model"]["ground_truth"]
+        score, problem, _ = self.grade(made["data_source"], text, truth, made["extra_info"])
+        if score is None:
+            self.problems[problem] += 1
+        return score is not None and score >= 1
+
+    def warnings(self) -> Iterator[str]:
+        """What the grader did not accept, or could not grade."""
+        if wrong := sum(index is None for index in self.taken.values()):
+            yield f"--best-of-graded: the grader accepts no demonstration of {wrong} questions: they are left without"
+        for problem, count in self.problems.most_common(3):
+            yield f"--best-of-graded: the grader fails on {count} demonstrations: {problem}"
+
+
+def to_verl(row: Row, layout: Layout, options: Options) -> tuple[dict[str, Any], frozenset[str]]:
+    """The row in verl's form, and the names of its further fields that the prompt has; raises `BadRow`."""
+    prompt, demos, truth, used = read(row, layout)
     if options.drop_system or options.system is not None:
         prompt = [message for message in prompt if message["role"] != "system"]
     if options.system is not None:
@@ -62,7 +100,7 @@ def to_verl(row: Row, layout: Layout, options: Options) -> dict[str, Any]:
     if source is not None and (isinstance(source, bool) or not isinstance(source, str | int)):
         raise row.bad("data_source", f"must be text, got {type(source).__name__}")
     ability, style = row.get("ability"), row.get("reward_model.style")
-    return {
+    made = {
         "data_source": str(source or FORMATS[layout.format].data_source or name.split(".")[0]),
         "prompt": prompt,
         "ability": options.ability or (ability if isinstance(ability, str) else "math"),
@@ -70,12 +108,13 @@ def to_verl(row: Row, layout: Layout, options: Options) -> dict[str, Any]:
         "extra_info": {"file": name, "row": row.number},
         "target": demos,
     }
+    return made, used
 
 
-def carry(made: dict, row: Row, layout: Layout, options: Options) -> None:
+def carry(made: dict, row: Row, layout: Layout, options: Options, used: frozenset[str]) -> None:
     """Put all that the row has beside its question into the row made; what has no place there raises `BadRow`."""
-    read_whole = {layout.prompt, layout.demo, layout.truth, layout.context, "data_source"}
-    if options.drop_system or options.system is not None or row.get(layout.system) == made["prompt"][0]["content"]:
+    read_whole = {layout.prompt, layout.demo, layout.truth, layout.context, "data_source", *used}
+    if options.drop_system or options.system is not None:
         read_whole.add(layout.system)
     for name, value in row.values.items():
         encodable(row, name, name)
@@ -115,7 +154,19 @@ class Log:
     parsed: dict[str, set[str]] = field(default_factory=dict)  # by file: fields that held JSON text
     edited: set[str] = field(default_factory=set)  # names of --drop and --as-text that a row had
     bad: Counter = field(default_factory=Counter)
-    examples: list[str] = field(default_factory=list)
+    examples: dict[str, str] = field(default_factory=dict)  # by kind
+    seen: Seen = field(default_factory=Seen)
+
+    def look(self, row: Row, made: dict, used: frozenset[str], args: argparse.Namespace) -> None:
+        """Count what the user should know of a row that is written."""
+        seen = self.seen
+        seen.rows += 1
+        seen.unanswered += not made["reward_model"]["ground_truth"]
+        seen.letters += any(name.lower() in OPTIONS for name in used)
+        for name in left_out(row, used):
+            seen.left_out.setdefault(row.file, Counter())[name] += 1
+        if made["target"] and not args.best_of_graded and (name := wrongly_graded(row.values, len(made["target"]))):
+            seen.graded.setdefault(row.file, Counter())[name] += 1
 
     def skip(self, bad: BadRow) -> None:
         """Count a bad row under --skip-bad, else raise it; so does what is wrong with a whole file."""
@@ -123,19 +174,20 @@ class Log:
             raise bad
         problem = re.sub(r"\d+", "N", bad.problem.partition(", got ")[0])[:160]
         kind = f"`{re.sub(r'[0-9]+', '', bad.field)}`: {problem}"
-        self.bad[kind if kind in self.bad or len(self.bad) < _NAMES else "(other problems)"] += 1
+        kind = kind if kind in self.bad or len(self.bad) < _NAMES else "(other problems)"
+        self.bad[kind] += 1
         if len(self.examples) < 5:
-            self.examples.append(str(bad))
+            self.examples.setdefault(kind, str(bad))
 
     def print_skipped(self) -> None:
-        """Print the bad rows by kind, and the first few whole."""
+        """Print the bad rows by kind, and the first of some kinds whole."""
         if self.bad:
             print(f"--skip-bad left out {self.bad.total()} bad rows:")
             for kind, count in self.bad.most_common(20):
                 print(f"  {count} × {kind}")
             if len(self.bad) > 20:
                 print(f"  and {len(self.bad) - 20} further kinds")
-            for example in self.examples:
+            for example in self.examples.values():
                 print(f"  for example {example}")
 
 
@@ -144,15 +196,19 @@ def run(args: argparse.Namespace) -> int:
     outputs = [name for path in (args.out, args.val) if path for name in (path, f"{path}.part")]
     if len({os.path.realpath(p) for p in (*args.inputs, *outputs)}) != len(args.inputs) + len(outputs):
         raise UserError("inputs, OUT and --val must be different files, and none an output's name with .part after it")
+    if args.reward is not None and (not args.best_of_graded or args.reward == "none"):
+        raise UserError("--reward names the grader of --best-of-graded, which needs one; leave it out")
     log = Log(args.skip_bad)
-    rows = itertools.islice(_rows(args, log, log.skip), args.limit)
-    schema = schema_of(([row.values for row in group] for group in groups(rows)), args.several)
+    best = Best(load_reward(args.reward, {})) if args.best_of_graded else None
+    rows = itertools.islice(_rows(args, log, log.skip, best), args.limit)
+    schema = schema_of(_values(groups(rows)), args.several)
     for option, names in (("--drop", args.drop), ("--as-text", args.as_text)):
         if missing := [name for name in names if name not in log.edited]:
-            known = _listed([*{name: None for names in log.fields.values() for name in names}])
+            known = listed([*{name: None for names in log.fields.values() for name in names}])
             raise UserError(f"{option} {', '.join(missing)}: no row has such a field; they have {known}")
     try:
-        rows = itertools.islice(_rows(args, log, (lambda bad: None) if args.skip_bad else stop), args.limit)
+        log.seen = Seen()
+        rows = itertools.islice(_rows(args, log, (lambda bad: None) if args.skip_bad else stop, best), args.limit)
         counts, sources, demos = _write(args, rows, schema, log) if schema is not None else ({}, {}, {})
     finally:
         log.print_skipped()
@@ -163,19 +219,26 @@ def run(args: argparse.Namespace) -> int:
     print("data_source: " + ", ".join(f"{name} {n}" for name, n in sources.most_common(20)))
     for source, names in log.fields.items():
         if names and not demos[source]:
-            problem = f"no demonstration was found; its fields are {_listed([*names])}"
+            problem = f"no demonstration was found; its fields are {listed([*names])}"
             print(f"warning: {source}: {problem}: --demo-key names theirs", file=sys.stderr)
     if args.val and not counts["val"]:
         print(f"warning: no question fell to validation; raise --val-share ({args.val_share:g})", file=sys.stderr)
     if args.val and not counts["train"]:
         problem = f"every question fell to validation, {args.out} has no rows"
         print(f"warning: {problem}; lower --val-share ({args.val_share:g})", file=sys.stderr)
+    for warning in (*log.seen.warnings(), *(best.warnings() if best else ())):
+        print(warning, file=sys.stderr)
+    print(*ending(args.out, args.val, log.seen, demos.total() > 0), sep="\n")
     return 0
 
 
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 40} more" if len(names) > 40 else ""
-    return ", ".join(f"`{name}`" for name in names[:40]) + more
+def _values(batches: Iterator[list[Row]]) -> Iterator[list[dict]]:
+    """The rows' values, of one batch at a time in memory."""
+    for batch in batches:
+        values = [row.values for row in batch]
+        batch.clear()
+        yield values
+        values.clear()
 
 
 def _write(args: argparse.Namespace, rows: Iterator[Row], schema, log: Log) -> tuple[Counter, Counter, Counter]:
@@ -201,6 +264,8 @@ def _write(args: argparse.Namespace, rows: Iterator[Row], schema, log: Log) -> t
                     demos[row.file] += count
                     counts["without"] += not count
                     sources[row.values["data_source"]] += 1
+            group.clear()  # before the next is made
+            parts.clear()
         if not sources:
             stack.pop_all().__exit__(UserError, None, None)  # no file for no rows
     return counts, sources, demos
@@ -216,7 +281,7 @@ def _changed(row: Row, layout: Layout, path: str, problem: str) -> BadRow:
     return row.bad(name, f"{problem}: {remedy}--drop {name} leaves it out")
 
 
-def _rows(args: argparse.Namespace, log: Log, skip: Skip) -> Iterator[Row]:
+def _rows(args: argparse.Namespace, log: Log, skip: Skip, best: Best | None) -> Iterator[Row]:
     """The inputs' rows, converted; bad ones go to `skip`."""
     options = Options(**{f.name: getattr(args, f.name) for f in fields(Options)})
     known = JSON_FIELDS | {key for key in (args.prompt_key, args.demo_key) if key}
@@ -234,8 +299,11 @@ def _rows(args: argparse.Namespace, log: Log, skip: Skip) -> Iterator[Row]:
                 _edit(args, row, log.edited)
                 layout = log.layouts.get(source) or _layout(args, row)
                 log.layouts[source] = layout
-                made = to_verl(row, layout, options)
-                carry(made, row, layout, options)
+                made, used = to_verl(row, layout, options)
+                log.look(row, made, used, args)
+                carry(made, row, layout, options, used)
+                if best is not None:
+                    best.choose(made, row)
             except BadRow as bad:
                 skip(bad)
                 continue
@@ -243,7 +311,7 @@ def _rows(args: argparse.Namespace, log: Log, skip: Skip) -> Iterator[Row]:
 
 
 def _layout(args: argparse.Namespace, row: Row) -> Layout:
-    layout = detect(row, args.prompt_key, args.demo_key, args.answer_key)
+    layout = detect(row, args.prompt_key, args.demo_key, args.answer_key, args.no_answer)
     if args.format not in ("auto", layout.format):
         raise UserError(
             f"{row.file}: --format {args.format}, but its fields ({row.fields()}) are those of `{layout.format}`; "

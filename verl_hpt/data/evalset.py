@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from verl_hpt.data.convert import Options, to_verl
+from verl_hpt.data.fields import OPTIONS
 from verl_hpt.data.formats import detect
 from verl_hpt.data.read import BadRow, read_rows
 from verl_hpt.data.write import Writer, schema_of
@@ -21,15 +22,16 @@ def run(args: argparse.Namespace) -> int:
         out = str(Path(args.out) / f"{name}.parquet")
         if out in written:
             raise UserError(f"two inputs are called {name}; give them different names")
-        default = _LETTER if "gpqa" in name.lower() else _BOXED
-        suffix = default if args.suffix is None else args.suffix
-        options = Options(data_source=name, system=args.system, suffix=suffix)
         layout, rows = None, []
         for row in read_rows(source):
+            by_letter = "gpqa" in name.lower() or any(field.lower() in OPTIONS for field in row.values)
+            default = _LETTER if by_letter else _BOXED
+            suffix = default if args.suffix is None else args.suffix
+            options = Options(data_source=name, system=args.system, suffix=suffix)
             layout = layout or detect(row)
             if layout.truth is None:
                 raise row.bad("answer", "no expected answer found")
-            made = to_verl(row, layout, options)
+            made, _ = to_verl(row, layout, options)
             rows += [{**made, "target": []}] * args.repeat
         with Writer(out, schema_of([rows], False)) as writer:
             for position, path, problem in writer.write(rows, "test"):

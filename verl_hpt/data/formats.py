@@ -1,34 +1,27 @@
 """The forms that datasets come in. Each is one entry of `FORMATS`: how its first row is recognised, how a row is read.
 
-A row that cannot be read raises `BadRow`, which names the field.
+A row that cannot be read raises `BadRow`, which names the field. The names of fields stand in `fields`.
 """
 
-import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from verl_hpt.data.read import Row, unwrap_hint
+from verl_hpt.data import answers, fields
+from verl_hpt.data.chats import calls_of, encodable, messages_of, tool_call
+from verl_hpt.data.fields import any_case, first
+from verl_hpt.data.read import Row, is_chat, unwrap_hint
 from verl_hpt.demos.demonstration import demonstrations, plain
-from verl_hpt.reward import last_boxed, unboxed
-
-PROMPT_KEYS = ("prompt", "question", "problem", "query", "instruction", "input")
-DEMO_KEYS = ("target", "demonstrations", "demonstration", "response", "solution", "completion", "output", "generations")
-DEMO_KEYS += ("solutions", "responses", "completions", "outputs", "answers")
-TRUTH_KEYS = ("reward_model.ground_truth", "ground_truth", "expected_answer", "final_answer", "answer")
-CHAT_KEYS = ("messages", "conversations")
-JSON_FIELDS = {*CHAT_KEYS, *PROMPT_KEYS, *DEMO_KEYS, "reward_model"}  # read where they hold JSON text
-_NEEDED = "the reward needs one: --answer-key names its field, `data convert --skip-bad` leaves such rows out"
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
 
 
 @dataclass(frozen=True)
 class Layout:
     """The fields that hold the question, the demonstrations and the expected answer; None: there is no such field.
 
-    `context` is Alpaca's `input`, which belongs to the question; `system` holds the system message of all messages.
-    `format` is a key of `FORMATS`.
+    `context` is Alpaca's `input`, which follows the question; `before` are texts in front of it, `options` those of a
+    multiple choice, `history` earlier turns; rows may lack them. `system` holds the system message of all messages,
+    `label` whether the answer is a good one. `no_answer`: the expected answer may be empty. `format` is a key of
+    `FORMATS`.
     """
 
     prompt: str | None
@@ -37,23 +30,38 @@ class Layout:
     context: str | None = None
     system: str | None = None
     format: str = ""
+    before: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    history: str | None = None
+    label: str | None = None
+    solution: str | None = None  # a worked solution beside the demonstrations, which ends in the expected answer
+    no_answer: bool = False
 
     def __str__(self) -> str:
         words = FORMATS[self.format]
         demo = f"`{self.demo}`" if self.demo else words.demo
+        demo += f" where `{self.label}` is true" if self.label else ""
         by_field = self.truth is not None and "{" not in words.truth
         truth = f"`{self.truth}`" if by_field else words.truth.format(self.truth)
+        if self.truth is None and self.no_answer:
+            truth = "empty"
+        elif self.truth is None and self.solution:
+            truth = f"from `{self.solution}`, else {truth}"
         context = f" and, where it is not empty, `{self.context}`" if self.context else ""
         question = f"question `{self.prompt}`{context}"
         return f"format {self.format}: {question}, demonstrations {demo}, expected answer {truth}"
 
 
 class Question(NamedTuple):
-    """What a row holds: messages up to the question, raw demonstrations (text, messages or None), expected answer."""
+    """What a row holds: messages up to the question, raw demonstrations (text, messages or None), expected answer.
+
+    `used` are the names of further fields that the messages have in them.
+    """
 
     prompt: list[dict]
     demos: list[Any]
-    truth: str
+    truth: Any
+    used: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -69,22 +77,24 @@ class Format:
     read: Callable[[Row, Layout], Question]
     data_source: str | None = None
     demo: str = "none"
-    truth: str = "from the demonstration (#### or the last box)"
+    truth: str = "from the demonstration (its last box, or what follows #### at its end)"
 
 
-def detect(row: Row, prompt: str | None = None, demo: str | None = None, truth: str | None = None) -> Layout:
+def detect(
+    row: Row, prompt: str | None = None, demo: str | None = None, truth: str | None = None, no_answer: bool = False
+) -> Layout:
     """The layout of a file by its first row; keys that the user named are taken as they are, and must be there."""
     chats = (key for key, value in row.values.items() if isinstance(value, list) and value)
     wrapped = [key for key in chats if all(isinstance(item, dict) for item in row.values[key][:100])]
     hint = unwrap_hint(row.file, wrapped[0]) if wrapped else ""
     for option, key in (("--prompt-key", prompt), ("--demo-key", demo), ("--answer-key", truth)):
-        if key is not None and key.split(".")[0] not in row.values:
+        if key is not None and key not in row.values and key.split(".")[0] not in row.values:
             raise row.bad(key, f"no such field ({option}); the row has {row.fields()}{hint}")
     for name, form in FORMATS.items():
-        layout = form.detect(row.values, Layout(prompt, demo, truth))
+        layout = form.detect(row.values, Layout(prompt, demo, truth, no_answer=no_answer))
         if layout is not None:
-            return replace(layout, format=name)
-    known = ", ".join((*PROMPT_KEYS, *CHAT_KEYS))
+            return replace(layout, format=name, no_answer=no_answer)
+    known = ", ".join((*fields.PROMPTS, *fields.CHATS))
     raise row.bad("prompt", f"no question found; known names: {known}; the row has {row.fields()}: --prompt-key{hint}")
 
 
@@ -93,94 +103,214 @@ def read(row: Row, layout: Layout) -> Question:
     question = FORMATS[layout.format].read(row, layout)
     if not any(message["content"].strip() for message in question.prompt if message["role"] != "system"):
         raise row.bad(layout.prompt, "asks nothing: no text but the system's")
-    return question
+    return question._replace(demos=[None if _is_blank(demo) else demo for demo in question.demos])
+
+
+def left_out(row: Row, used: frozenset[str]) -> list[str]:
+    """Fields with something that the question may need and that no prompt has."""
+    names = [name for name in row.values if name.lower() in fields.NEEDED and name not in used]
+    return [name for name in names if row.values[name] not in (None, "", "[]", [], {})]
 
 
 def by_name(values: dict, keys: Layout, *needed: str) -> Layout | None:
     """The fields under known names, where the user named no others; None without a question or a `needed` one."""
-    names, prompt, demo = _any_case(values), keys.prompt or _first(values, PROMPT_KEYS), keys.demo
+    names, prompt, demo = any_case(values), keys.prompt or first(values, fields.PROMPTS), keys.demo
     if prompt is None:
         return None
+    if isinstance(values.get(prompt), dict) and is_chat(plain(values[prompt]).get("messages")):
+        prompt = f"{prompt}.messages"  # OpenAI's preferences
     if demo is None:
-        answers = names.get("answers")  # a list of them is of demonstrations, unless it was named as the truth
-        listed = answers != keys.truth and isinstance(values.get(answers), list)
-        demo = _first(values, DEMO_KEYS, (prompt, None if listed else answers))
-    truth = keys.truth or _first(values, TRUTH_KEYS, (prompt, demo))
+        answers_name = names.get("answers")  # a list of them is of demonstrations, unless it was named as the truth
+        listed = answers_name != keys.truth and isinstance(values.get(answers_name), list)
+        demo = first(values, fields.DEMOS, (prompt, None if listed else answers_name)) or _chat_after(values, prompt)
+    truth = keys.truth or fields.truth_name(values, (prompt, demo))
+    if demo is None and keys.truth is None and _is_demonstration(values, truth, keys.no_answer):
+        demo, truth = truth, None
+    if demo is None and truth and _is_apart(values, fields.WORKED, truth):
+        demo = fields.WORKED
     context = names.get("input", "input") if prompt.lower() == "instruction" else None  # the first row may lack it
-    layout = Layout(prompt, demo, truth, None if context in (demo, truth) else context)
-    return layout if all(getattr(layout, name) for name in needed) else None
+    solution = first(values, fields.WORKED_TRUTHS, (prompt, demo)) if truth is None and demo else None
+    layout = Layout(prompt, demo, truth, None if context in (demo, truth) else context, solution=solution)
+    return replace(layout, **_beside(values, layout)) if all(getattr(layout, name) for name in needed) else None
 
 
-def _any_case(values: dict) -> dict[str, str]:
-    """The row's names for fields known in lower case: the same, else the first in other letter case."""
-    return {**{name.lower(): name for name in reversed(values)}, **{name: name for name in values}}
+def _beside(values: dict, layout: Layout) -> dict[str, Any]:
+    """Where the rows have what a question needs beside its field."""
+    names, taken = any_case(values), (layout.prompt, layout.demo, layout.truth)
+    label = next((names[name] for name in fields.LABELS if isinstance(values.get(names.get(name)), bool)), None)
+    if str(layout.demo).lower() not in fields.LABELLED and str(layout.prompt).lower() not in fields.CHATS:
+        label = None
+    return {
+        "before": tuple(name for key in fields.BEFORE if (name := names.get(key, key)) not in taken),
+        "options": tuple(name for key in fields.OPTIONS if (name := names.get(key, key)) not in taken),
+        "history": names.get(fields.HISTORY, fields.HISTORY),
+        "system": names.get("system", "system"),
+        "label": label,
+    }
 
 
-def _first(values: dict, keys: tuple, taken: tuple = ()) -> str | None:
-    """The first of the fields that has a value, else the first that there is."""
-    names = _any_case(values)
-    found = [key if "." in key else names.get(key) for key in keys]
-    found = [key for key in found if key is not None and key not in taken]
-    filled = (key for key in found if Row("", 0, values).get(key) is not None)
-    return next(filled, None) or next((key for key in found if key in values), None)
+def _chat_after(values: dict, prompt: str) -> str | None:
+    """The chat that goes on with the prompt's messages."""
+    start = plain(values.get(prompt))
+    chats = (name for name in values if name.lower() in fields.CHATS) if isinstance(start, list) and start else ()
+    return next((name for name in chats if plain(values[name]) and plain(values[name])[: len(start)] == start), None)
 
 
-def _prompt_and_demos(row: Row, layout: Layout) -> tuple[list[dict], list[Any]]:
-    value = plain(row.get(layout.prompt))
-    if isinstance(value, str):
-        if not value.strip():
-            raise row.bad(layout.prompt, "is empty")
-        context = row.values.get(layout.context)
-        if not isinstance(context, str | None):
-            raise row.bad(layout.context, f"must be text, got {type(context).__name__}")
-        value += f"\n\n{context}" if context and context.strip() else ""
-        prompt = [{"role": "user", "content": encodable(row, layout.prompt, value)}]
-    else:
-        prompt = _messages(row, layout.prompt, value)
+def _is_demonstration(values: dict, truth: str | None, no_answer: bool) -> bool:
+    """Whether the field with the answer has a worked solution in it."""
+    value = values.get(truth)
+    return answers.is_worked(value) or (no_answer and isinstance(value, str) and "\n" in value.strip())
+
+
+def _is_apart(values: dict, key: str, truth: str) -> bool:
+    """Whether the field has a text that is more than the expected answer."""
+    row = Row("", 0, values)
+    text = row.get(key)
+    return isinstance(text, str) and text.strip() not in ("", str(row.get(truth)).strip())
+
+
+def _is_blank(demo: Any) -> bool:
+    """Whether a demonstration has neither text nor calls."""
+    if isinstance(demo, str):
+        return not demo.strip()
+    return demo is None or not any(m["content"].strip() or m.get("tool_calls") or len(m) > 2 for m in demo)
+
+
+def _prompt_of(row: Row, layout: Layout) -> tuple[list[dict], set[str]]:
+    """The messages that ask, and the names of the further fields that are in them."""
+    value, used = plain(row.get(layout.prompt)), set()
+    if not isinstance(value, str):
+        prompt = messages_of(row, layout.prompt, value)
         if prompt[-1]["role"] == "assistant":
             raise row.bad(layout.prompt, "ends with the assistant's message: that belongs to the demonstration")
         if not any(message["role"] == "user" for message in prompt):
             raise row.bad(layout.prompt, "no message of the user")
-    if layout.demo is not None and layout.demo.split(".")[0] not in row.values:
-        raise row.bad(layout.demo, f"missing; earlier rows had it, this one has {row.fields()}")
-    return prompt, _demos(row, layout)
+        return prompt, used
+    if not value.strip():
+        raise row.bad(layout.prompt, "is empty")
+    context = row.values.get(layout.context)
+    if not isinstance(context, str | None):
+        raise row.bad(layout.context, f"must be text, got {type(context).__name__}")
+    question = f"{value}\n\n{context}" if context and context.strip() else value
+    for name in layout.before:
+        text = row.values.get(name)
+        if isinstance(text, str) and text.strip():
+            used.add(name)
+            if text.strip() not in value:
+                question = f"{text.rstrip()}{fields.BEFORE[name.lower()]}{question}"
+    name, options = _options(row, layout)
+    if options is not None:
+        used.add(name)
+        if options.listed not in value:
+            question = f"{question}\n\n{options.listed}"
+    prompt = [{"role": "user", "content": encodable(row, layout.prompt, question)}]
+    if earlier := fields.turns(plain(row.values.get(layout.history))):
+        used.add(layout.history)
+        prompt = [*earlier, *prompt]
+    return _with_system(row, layout, prompt, used), used
+
+
+def _with_system(row: Row, layout: Layout, prompt: list[dict], used: set[str]) -> list[dict]:
+    """The prompt after the system message that the row has in a field of its own, where it has none itself."""
+    system = row.values.get(layout.system)
+    if not isinstance(system, str) or not system.strip() or any(message["role"] == "system" for message in prompt):
+        return prompt
+    used.add(layout.system)
+    return [{"role": "system", "content": encodable(row, layout.system, system)}, *prompt]
+
+
+def _options(row: Row, layout: Layout) -> tuple[str, fields.Choices | None]:
+    names = (name for name in layout.options if row.values.get(name) is not None)
+    return next(((name, found) for name in names if (found := fields.choices(plain(row.values[name])))), ("", None))
 
 
 def _read_fields(row: Row, layout: Layout) -> Question:
     """A question, its demonstrations and the expected answer in fields of their own."""
-    prompt, demos = _prompt_and_demos(row, layout)
-    return Question(prompt, demos, _expected_answer(row, layout, demos))
+    prompt, used = _prompt_of(row, layout)
+    if layout.demo is not None and layout.demo.split(".")[0] not in row.values:
+        raise row.bad(layout.demo, f"missing; earlier rows had it, this one has {row.fields()}")
+    demos = _demos(row, layout, prompt)
+    truth = _truth(row, layout, demos)
+    options = _options(row, layout)[1] if used and layout.truth else None
+    if options is not None:
+        value = plain(row.get(layout.truth))
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
+        truth = [fields.letter(options, v) for v in value] if isinstance(value, list) else fields.letter(options, value)
+    return Question(prompt, demos, truth, frozenset(used))
+
+
+def _truth(row: Row, layout: Layout, demos: list) -> Any:
+    """The expected answer; raises `BadRow` where there is none, but for `no_answer`."""
+    if layout.no_answer and (layout.truth is None or plain(row.get(layout.truth)) in (None, "", [], {})):
+        return ""
+    if layout.truth is not None:
+        return answers.from_field(row, layout.truth)
+    if layout.solution and (answer := answers.from_solution(row, layout.solution)):
+        return answer
+    has_demos = layout.demo or FORMATS[layout.format].demo != "none"
+    where = ", neither in a field nor, in \\boxed{} or after `####`, at the end of a demonstration" if has_demos else ""
+    return answers.from_demonstrations(row, layout.demo or layout.prompt, demos, where)
 
 
 def _detect_chat(values: dict, keys: Layout) -> Layout | None:
-    names = _any_case(values)
-    chat = next((names[key] for key in CHAT_KEYS if key in names and isinstance(values[names[key]], list)), None)
-    if chat is None or keys.prompt is not None or "prompt" in names:
+    names = any_case(values)
+    found = [names[key] for key in fields.CHATS if key in names and isinstance(values[names[key]], list)]
+    chat = next((name for name in found if name.lower() in fields.CHATS[:2] or is_chat(values[name])), None)
+    preferred = names.get("chosen")
+    if chat is None and is_chat(values.get(preferred)) and not first(values, fields.PROMPTS):
+        chat = preferred  # the question is what both answers begin with
+    if chat is None or keys.prompt is not None or ("prompt" in names and not _asks_first(values, names, chat)):
         return None
-    truth = keys.truth or _first(values, TRUTH_KEYS)
-    return Layout(chat, keys.demo, truth, system=names.get("system", "system"))  # the first row may lack it
+    ends = plain(values[chat])
+    open_end = bool(ends) and isinstance(ends[-1], dict) and (ends[-1].get("role") or ends[-1].get("from"))
+    demo = first(values, fields.DEMOS, (chat,)) if open_end in ("user", "human") else None
+    truth = keys.truth or fields.truth_name(values, (demo,))
+    layout = Layout(chat, keys.demo or demo, truth)
+    return replace(layout, **{k: v for k, v in _beside(values, layout).items() if k in ("system", "label")})
+
+
+def _asks_first(values: dict, names: dict, chat: str) -> bool:
+    """Whether `prompt` is only what the chat's user asks, so that the chat has it all."""
+    prompt, messages = values[names["prompt"]], plain(values[chat])
+    texts = (message.get("content", message.get("value")) for message in messages if isinstance(message, dict))
+    return isinstance(prompt, str) and any(isinstance(t, str) and t.strip() == prompt.strip() for t in texts)
 
 
 def _read_chat(row: Row, layout: Layout) -> Question:
     """A conversation: up to the user's last message it is the prompt, what follows is the demonstration."""
-    messages = _messages(row, layout.prompt, plain(row.get(layout.prompt)))
+    messages, used = messages_of(row, layout.prompt, plain(row.get(layout.prompt))), set()
     end = 1 + max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
     if not end:
         raise row.bad(layout.prompt, "no message of the user")
-    prompt, demo = messages[:end], messages[end:]
-    system = row.values.get(layout.system)
-    if isinstance(system, str) and system.strip() and all(message["role"] != "system" for message in prompt):
-        prompt = [{"role": "system", "content": encodable(row, layout.system, system)}, *prompt]
-    demos = _demos(row, layout) or ([demo] if demo else [])
-    return Question(prompt, demos, _expected_answer(row, layout, demos))
+    prompt, demo = _with_system(row, layout, messages[:end], used), messages[end:]
+    asked = row.values.get("prompt")
+    if isinstance(asked, str) and any(asked.strip() == message["content"].strip() for message in prompt):
+        used.add("prompt")
+    demos = _demos(row, layout, prompt)
+    if not demos and demo and _is_good(row, layout):
+        demos = [demo]
+    return Question(prompt, demos, _truth(row, layout, demos), frozenset(used))
 
 
 def _detect_four_hash(values: dict, keys: Layout) -> Layout | None:
-    layout, answer = by_name(values, keys), _any_case(values).get("answer")
+    answer = any_case(values).get("answer")
     text = values.get(answer)
-    if layout is None or layout.demo or keys.truth or not isinstance(text, str) or "####" not in text:
+    if keys.truth or keys.demo or not isinstance(text, str) or not answers.after_hashes(text):
         return None
-    return Layout(layout.prompt, answer, answer)
+    layout = by_name(values, replace(keys, no_answer=False))
+    if layout is None or layout.demo != answer or answers.final_answer(text) != answers.after_hashes(text):
+        return None
+    return replace(layout, truth=answer)
+
+
+def _read_four_hash(row: Row, layout: Layout) -> Question:
+    """GSM8K's form: one field has the worked solution and, after ####, the expected answer."""
+    prompt, used = _prompt_of(row, layout)
+    text = row.values.get(layout.truth)
+    answer = answers.final_answer(text) if isinstance(text, str) else ""
+    if not answer and not layout.no_answer:
+        raise row.bad(layout.truth, f"has no `#### answer` at its end; {answers.NEEDED}")
+    return Question(prompt, _demos(row, layout, prompt), answer, frozenset(used))
 
 
 def _detect_luffy(values: dict, keys: Layout) -> Layout | None:
@@ -188,117 +318,54 @@ def _detect_luffy(values: dict, keys: Layout) -> Layout | None:
     return by_name(values, keys, "demo") if is_verls else None
 
 
-def _read_four_hash(row: Row, layout: Layout) -> Question:
-    """GSM8K's form: one field has the worked solution and, after ####, the expected answer."""
-    prompt, demos = _prompt_and_demos(row, layout)
-    text = row.values.get(layout.truth)
-    answer = _after_hashes(text) if isinstance(text, str) else ""
-    if not answer:
-        raise row.bad(layout.truth, f"has no `#### answer` at its end; {_NEEDED}")
-    return Question(prompt, demos, answer)
+def _detect_calls(values: dict, keys: Layout) -> Layout | None:
+    names, prompt = any_case(values), keys.prompt or first(values, fields.PROMPTS)
+    demo = keys.demo or names.get("answers")
+    if prompt is None or "tools" not in names or calls_of(values.get(demo)) is None:
+        return None
+    return Layout(prompt, demo, keys.truth or demo, system=names.get("system", "system"))
 
 
-def _after_hashes(text: str) -> str:
-    """The line behind the last `####`, without the commas in its numbers: verl's scorer takes them out of answers."""
-    line = (text.rpartition("####")[2].strip().splitlines() or [""])[0] if "####" in text else ""
-    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", line.strip())
+def _read_calls(row: Row, layout: Layout) -> Question:
+    """xLAM's form: the tool calls to make, which are the demonstration and, as JSON text, the expected answer."""
+    prompt, used = _prompt_of(row, layout)
+    calls = calls_of(row.values.get(layout.demo)) if layout.demo else []
+    if calls is None:
+        raise row.bad(layout.demo, "must be a list of tool calls, each with its name")
+    demo = [{"role": "assistant", "content": "", "tool_calls": [tool_call(call) for call in calls]}]
+    truth = row.values.get(layout.truth) if layout.truth == layout.demo else _truth(row, layout, [])
+    truth = truth if isinstance(truth, str) else answers.as_json(truth)
+    return Question(prompt, [demo] if calls else [], truth, frozenset(used))
 
 
-def _demos(row: Row, layout: Layout) -> list[Any]:
-    return [_demo(row, layout.demo, demo) for demo in demonstrations(row.get(layout.demo))] if layout.demo else []
+def _demos(row: Row, layout: Layout, prompt: list[dict]) -> list[Any]:
+    """The row's demonstrations, without the prompt where they begin with it."""
+    if layout.demo is None or not _is_good(row, layout):
+        return []
+    return [_demo(row, layout.demo, demo, prompt) for demo in demonstrations(row.get(layout.demo))]
 
 
-def _demo(row: Row, key: str, demo: Any) -> Any:
+def _is_good(row: Row, layout: Layout) -> bool:
+    return row.values.get(layout.label) is not False
+
+
+def _demo(row: Row, key: str, demo: Any, prompt: list[dict]) -> Any:
     if demo is None or isinstance(demo, str):
         return demo and encodable(row, key, demo)
-    if isinstance(demo, list) and demo and all(isinstance(message, dict) for message in demo):
-        return _messages(row, key, [m if "from" in m else {"role": "assistant", **m} for m in demo])
-    kind = "a list in a list" if isinstance(demo, list) else type(demo).__name__
-    raise row.bad(key, f"a demonstration must be text or chat messages, got {kind}")
-
-
-def _messages(row: Row, key: str, value: Any) -> list[dict]:
-    """Chat messages with role, content as text, and all further keys of theirs."""
-    if value is None:
-        raise row.bad(key, "is missing or null")
-    if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
-        got = type(value).__name__ if not isinstance(value, list) else "a list without messages"
-        raise row.bad(key, f"must be text or a list of chat messages, got {got}")
-    messages = []
-    for i, message in enumerate(value):
-        if "from" in message and "role" not in message:
-            role = message["from"]
-            further = {k: v for k, v in message.items() if k not in ("from", "value")}
-            message = {**further, "role": _SHAREGPT_ROLES.get(role, role), "content": message.get("value")}
-        role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
-        if not isinstance(role, str) or not role:
-            raise row.bad(f"{key}[{i}].role", f"must be text, got {role!r}"[:200])
-        if calls is not None and not (isinstance(calls, list) and all(map(_is_call, calls))):
-            raise row.bad(f"{key}[{i}].tool_calls", "must be a list of calls, each with a function and its name")
-        if content is None and calls:
-            content = ""
-        if isinstance(content, list) and all(map(_is_text_part, content)):
-            content = "".join(part["text"] for part in content)
-        if not isinstance(content, str):
-            raise row.bad(f"{key}[{i}].content", f"must be text, got {type(content).__name__}")
-        further = {k: v for k, v in message.items() if k not in ("role", "content", "tool_calls")}
-        calls = {} if calls is None else {"tool_calls": [_call(call) for call in calls]}
-        messages.append({"role": role, "content": encodable(row, f"{key}[{i}].content", content), **further, **calls})
-    return messages
-
-
-def _is_text_part(part: Any) -> bool:
-    """Whether joining the texts of such parts loses nothing."""
-    return isinstance(part, dict) and isinstance(part.get("text"), str) and part.keys() <= {"type", "text"}
-
-
-def _is_call(call: Any) -> bool:
-    function = call.get("function", call) if isinstance(call, dict) else None
-    return isinstance(function, dict) and isinstance(function.get("name"), str)
-
-
-def _call(call: dict) -> dict:
-    """A tool call with its arguments as JSON text, the one form that every row can share."""
-    function = call.get("function") or {key: call[key] for key in ("name", "arguments") if key in call}
-    around = {key: value for key, value in call.items() if key not in (function if "function" not in call else ())}
-    arguments = function.get("arguments")
-    if not isinstance(arguments, str):
-        arguments = json.dumps({} if arguments is None else arguments, ensure_ascii=False, default=str)
-    return {**around, "type": call.get("type") or "function", "function": {**function, "arguments": arguments}}
-
-
-def encodable(row: Row, key: str | None, text: str) -> str:
-    """The text; raises `BadRow` where UTF-8 cannot hold it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise row.bad(key, f"character {error.start} is half of a surrogate pair") from None
-    return text
-
-
-def _expected_answer(row: Row, layout: Layout, demos: list) -> str:
-    """The expected answer: the field's, or what the field or the demonstration has after `####` or in its last box."""
-    if layout.truth is not None:
-        value = plain(row.get(layout.truth))
-        if isinstance(value, list) and len(value) == 1:
-            value = value[0]
-        finite = not isinstance(value, float) or abs(value) < float("inf")
-        if isinstance(value, bool) or not isinstance(value, str | int | float) or not finite:
-            shown = "missing or null" if value is None else f"{value!r}"[:80]
-            raise row.bad(layout.truth, f"must be the expected answer as text or a number, got {shown}; {_NEEDED}")
-        text = unboxed(str(value)) or str(value).strip()
-        if not text:
-            raise row.bad(layout.truth, f"is empty, where the expected answer should be; {_NEEDED}")
-        return encodable(row, layout.truth, text)
-    for demo in demos:
-        text = demo if isinstance(demo, str) else demo[-1]["content"] if demo else ""
-        answer = _after_hashes(text) if "####" in text else (last_boxed(text) or "").strip()
-        if answer:
-            return answer
-    problem = "no expected answer"
-    if layout.demo or FORMATS[layout.format].demo != "none":
-        problem += ", neither in a field nor, after `####` or in \\boxed{}, at the end of a demonstration"
-    raise row.bad(layout.demo or layout.prompt, f"{problem}; {_NEEDED}")
+    if not isinstance(demo, list) or not demo or not all(isinstance(message, dict) for message in demo):
+        kind = "a list in a list" if isinstance(demo, list) else type(demo).__name__
+        raise row.bad(key, f"a demonstration must be text or chat messages, got {kind}")
+    messages = messages_of(row, key, [m if "from" in m else {"role": "assistant", **m} for m in demo])
+    start = 0
+    while messages[start : start + 1] and messages[start]["role"] == "system":
+        start += 1
+    if messages[start:] and messages[start]["role"] != "user":
+        return messages
+    asked = [(m["role"], m["content"].strip()) for m in prompt if m["role"] != "system"]
+    after = messages[start + len(asked) :]
+    if [(m["role"], m["content"].strip()) for m in messages[start : start + len(asked)]] != asked or not after:
+        raise row.bad(key, "begins with the user's turn, but not with this row's question")
+    return after
 
 
 FORMATS: dict[str, Format] = {  # the first that recognises a row reads its file
@@ -309,56 +376,9 @@ FORMATS: dict[str, Format] = {  # the first that recognises a row reads its file
         data_source="openai/gsm8k",  # the name that chooses the grader for this form
         truth="what follows #### in `{}`",
     ),
+    "calls": Format(_detect_calls, _read_calls, truth="the calls in `{}` as JSON text"),
     "luffy": Format(_detect_luffy, _read_fields),
     "qa": Format(lambda values, keys: by_name(values, keys, "demo", "truth"), _read_fields),
     "plain": Format(lambda values, keys: by_name(values, keys, "demo"), _read_fields),
     "questions": Format(by_name, _read_fields, truth="none"),
 }
-
-
-def opened(values: dict, keys: set[str]) -> tuple[dict, list[str]]:
-    """The row with chats (and a reward_model) that stand in it as JSON text parsed, and the names of those fields."""
-    known = [name for name in values if name in keys or name.lower() in keys]
-    parsed = {name: new for name in known if (new := _parsed(name.lower(), values[name])) is not None}
-    return {**values, **parsed}, list(parsed)
-
-
-def _parsed(name: str, value: Any) -> Any:
-    """The chat (or the reward_model) that a text, or the texts of a list, hold as JSON; None where they hold none."""
-    asks = name in (*PROMPT_KEYS, *CHAT_KEYS)
-    if name == "reward_model":
-        new = _loaded(value)
-        return new if isinstance(new, dict) and "ground_truth" in new else None
-    if not isinstance(value, list):
-        return _chat(value, asks)
-    new = [_chat(item, asks) or item for item in value]
-    if all(before is after for before, after in zip(value, new, strict=True)):
-        return None
-    return [m for item in new for m in (item if isinstance(item, list) else [item])] if asks else new
-
-
-def _loaded(text: Any) -> Any:
-    """What a text that may be JSON of a list or an object holds, else None."""
-    if not isinstance(text, str) or text[:64].lstrip()[:1] not in ("[", "{"):
-        return None
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _chat(text: Any, asks: bool) -> list | None:
-    """The chat, or the list of them, that a text holds as JSON, else None."""
-    value = _loaded(text)
-    value = [value] if isinstance(value, dict) else value
-    return value if _is_chat(value, asks) else None
-
-
-def _is_chat(value: Any, asks: bool) -> bool:
-    """Whether these are messages; in a question they need roles, where it could be JSON that is asked about."""
-    if not isinstance(value, list) or not value:
-        return False
-    if all(isinstance(item, list) for item in value):  # several demonstrations
-        return all(_is_chat(item, asks) for item in value)
-    wanted = ({"role", "content"}, {"from", "value"}, *(() if asks else ({"content"},)))
-    return all(isinstance(m, dict) and any(keys <= m.keys() for keys in wanted) for m in value)

@@ -10,19 +10,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from verl_hpt.data.advice import grader_overrides
 from verl_hpt.errors import UserError
 
+_RUN_CODE = ("codecontests", "apps", "codeforces", "taco")  # verl's scorer executes these answers
 Grade = Callable[[str, str, Any, dict], tuple[float | None, str, bool]]
 
 
 def load_reward(reward: str | None, kwargs: dict) -> Grade | None:
-    """A function (source, text, truth, extra_info) → (score or None, problem, grading failed); None for `none`."""
+    """A function (source, text, truth, extra_info) → (score or None, problem, grading failed); None for `none`.
+
+    reward: `shipped` (None is the same), `verl`, `none`, or PATH[:FUNCTION].
+    """
     if reward == "none":
         return None
     if reward is None or reward == "shipped":
         from verl_hpt.reward import compute_score as function
 
         kwargs = {"workers": max(2, os.cpu_count() or 2), **kwargs}
+    elif reward == "verl":
+        function = verls_default()
     else:
         path, _, name = reward.partition(":") if not Path(reward).is_file() else (reward, "", "")
         function = _function(path, name or "compute_score")
@@ -42,13 +49,46 @@ def load_reward(reward: str | None, kwargs: dict) -> Grade | None:
     return grade
 
 
+def verls_default() -> Callable:
+    """What a run without `reward.custom_reward_function.path` grades with; raises `UserError` without verl."""
+    try:
+        from verl.utils.reward_score import default_compute_score
+    except ImportError as error:
+        raise UserError(f"--reward verl: verl cannot be imported: {error}") from None
+    return default_compute_score
+
+
+def default_notes(samples: dict[str, list[tuple[str, Any, dict]]], success: float) -> list[str]:
+    """What verl's default scorer makes of a few demonstrations (text, truth, extra_info) of each data source."""
+    try:
+        grade, lines, mend = load_reward("verl", {}), [], False
+    except UserError as error:
+        return [f"verl's default scorer could not be tried: {error}"]
+    for source, demos in sorted(samples.items()):
+        if source in _RUN_CODE:
+            lines.append(f"{source}: not tried, it runs the code of the answer")
+            continue
+        graded = [grade(source, *demo) for demo in demos]
+        right = sum(score is not None and score >= success for score, *_ in graded)
+        problem = next((problem for score, problem, _ in graded if score is None), "")
+        mend |= right < len(demos)
+        unknown = "it does not know this data source and raises NotImplementedError: every rollout would stop the run"
+        failed = f"it fails: {problem}"
+        result = f"it counts {right} of the first {len(demos)} demonstrations as solved"
+        words = unknown if problem.startswith("NotImplementedError") else failed if problem else result
+        lines.append(f"{source}: {words}")
+    if mend:
+        lines.append("to grade with the shipped grader, as here: " + " ".join(grader_overrides()))
+    return [f"verl's default scorer, which a run uses that names no reward: {line}" for line in lines[:1]] + lines[1:]
+
+
 async def _awaited(value):
     return await value
 
 
 def _function(path: str, name: str):
     if not Path(path).is_file():
-        raise UserError(f"--reward {path}: no such file; give PATH.py or PATH.py:FUNCTION, or `none`")
+        raise UserError(f"--reward {path}: no such file; give PATH.py or PATH.py:FUNCTION, `shipped`, `verl` or `none`")
     spec = importlib.util.spec_from_file_location("verl_hpt_checked_reward", path)
     if spec is None or spec.loader is None:
         raise UserError(f"--reward {path}: is not a Python file")

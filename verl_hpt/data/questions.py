@@ -2,9 +2,11 @@
 
 import itertools
 import os
+from dataclasses import replace
 from typing import Any
 
-from verl_hpt.data.formats import Layout, detect, encodable, opened
+from verl_hpt.data.chats import encodable, opened
+from verl_hpt.data.formats import Layout, detect, read
 from verl_hpt.data.read import Row, read_rows
 from verl_hpt.data.report import Result
 from verl_hpt.demos.demonstration import plain
@@ -20,8 +22,11 @@ def question_text(prompt: Any) -> str:
     return " ".join(str(prompt).casefold().split())
 
 
-def check_form(row: Row, prompt_key: str) -> list[dict]:
-    """The prompt; raises `BadRow` for a row that is not what verl's dataset and reward loop read."""
+def check_form(row: Row, prompt_key: str, needs_answer: bool = True) -> list[dict]:
+    """The prompt; raises `BadRow` for a row that is not what verl's dataset and reward loop read.
+
+    needs_answer: the reward compares with an expected answer, so an empty one is of no use.
+    """
     prompt, values = plain(row.values.get(prompt_key)), row.values
     if not isinstance(prompt, list) or not prompt:
         raise row.bad(
@@ -47,8 +52,9 @@ def check_form(row: Row, prompt_key: str) -> list[dict]:
         if not isinstance(value, kind) or value == "":
             raise row.bad(name, f"{what}, got {type(value).__name__}")
     truth = plain(values["reward_model"].get("ground_truth"))
-    if truth is None or truth != truth or (isinstance(truth, str | list) and not truth):
-        raise row.bad("reward_model.ground_truth", f"the expected answer is missing, got {truth!r}")
+    if truth is None or truth != truth or (needs_answer and isinstance(truth, str | list) and not truth):
+        problem = f"the expected answer is missing, got {truth!r}"
+        raise row.bad("reward_model.ground_truth", f"{problem}: a reward of your own (--reward PATH) may do without")
     if isinstance(truth, str):
         encodable(row, "reward_model.ground_truth", truth)
     return prompt
@@ -88,19 +94,12 @@ class Questions:
         while batch := list(itertools.islice(rows, 1000)):
             if layout is None:
                 is_chat = isinstance(plain(batch[0].values.get(prompt_key)), list)
-                layout = Layout(prompt_key, None, None) if is_chat else detect(batch[0])
+                known = Layout(prompt_key, None, None, format="questions") if is_chat else detect(batch[0])
+                layout = replace(known, demo=None, truth=None, label=None, no_answer=True)
             texts = []
             for row in batch:
-                prompt = plain(opened(row.values, {layout.prompt})[0].get(layout.prompt))
-                if not isinstance(prompt, str | list) or not prompt:
-                    raise row.bad(str(layout.prompt), f"must hold a question, got {prompt!r}"[:200])
-                if layout.format == "messages":
-                    roles = ((m.get("role") or m.get("from")) if isinstance(m, dict) else None for m in prompt)
-                    users = [i for i, role in enumerate(roles) if role in ("user", "human")]
-                    prompt = prompt[: 1 + max(users, default=-1)]
-                if isinstance(prompt, str) and isinstance(row.get(layout.context), str):
-                    prompt = f"{prompt}\n\n{row.get(layout.context)}"
-                texts.append(question_text(prompt))
+                row = row._replace(values=opened(row.values, {layout.prompt})[0])
+                texts.append(question_text(read(row, layout).prompt))
             frame = frame or shared_frame(texts)
             for row, text in zip(batch, texts, strict=True):
                 if (trained := self._row_of(text, frame)) is not None:

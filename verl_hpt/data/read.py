@@ -8,8 +8,9 @@ import gzip
 import io
 import json
 import re
+import shlex
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,9 @@ from verl_hpt.errors import UserError
 MAX_ROW_BYTES = 64 * 2**20  # one row of text; anything larger is damage, not data
 _BATCH_BYTES = 8 * 2**20
 _SUFFIXES = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".ndjson")
-_WRAPPED = re.compile(rb'"((?!messages|conversations|prompt|target)[^"\\]{1,60})"\s*:\s*\[\s*\{')
+_MAX_OBJECT_BYTES = 256 * 2**20  # one JSON object around all rows is read whole
+_ASKING = ("prompt", "question", "problem", "query", "instruction", "input", "messages", "conversations")
+_CHAT_LINE = re.compile(rb'\s*\[\s*\{\s*"(?:role|content|from|value)"')
 _BETWEEN = re.compile(r"\s*,?\s*")  # what stands between the rows of a JSON list
 _UNREADABLE = (OSError, EOFError, zlib.error)
 _HUB_NAME = re.compile(r"^\w[\w.-]*/[\w.-]+(?:@[\w.-]+)?(?::[\w\[\]:%+.-]+)?$")
@@ -47,7 +50,7 @@ class Row(NamedTuple):
         return BadRow(self.file, self.number, field, problem)
 
     def fields(self) -> str:
-        return ", ".join(f"`{name}`" for name in self.values) or "no fields"
+        return listed(self.values) or "no fields"
 
     def get(self, path: str | None) -> Any:
         """The value at `a` or `a.b`, None where a part is missing."""
@@ -55,6 +58,13 @@ class Row(NamedTuple):
         for part in (path or "").split("."):
             value = value.get(part) if isinstance(value, dict) else None
         return value
+
+
+def listed(names: Iterable[str]) -> str:
+    """The names for a message, no more than can be read in it."""
+    names = list(names)
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return ", ".join(f"`{name[:60]}`" for name in names[:20]) + more
 
 
 Skip = Callable[[BadRow], None]  # what to do with a row that cannot be read: count it, or raise
@@ -114,7 +124,7 @@ def file_kind(source: str) -> str:
     if name.endswith(".parquet"):
         raise BadRow(source, 0, "(file)", "is called .parquet but does not begin as one (damaged, or another format)")
     if head.lstrip()[:1] == b"[":
-        return "json"
+        return "jsonl" if _CHAT_LINE.match(head) and _starts_with_a_chat(source) else "json"
     if head.lstrip()[:1] == b"{" or name.endswith(_SUFFIXES):
         return "jsonl"
     if name.endswith((".csv", ".tsv", ".csv.gz", ".tsv.gz")):
@@ -165,7 +175,30 @@ def _parquet_row(source: str, number: int, batch: pa.RecordBatch, i: int) -> dic
     return row
 
 
+def is_chat(value: Any) -> bool:
+    """Whether the value is a list of messages."""
+    wanted = ({"role", "content"}, {"from", "value"}, {"role", "tool_calls"})
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(message, dict) and any(keys <= message.keys() for keys in wanted) for message in value)
+    )
+
+
+def _starts_with_a_chat(source: str) -> bool:
+    """Whether the first line is one conversation, so that the file is one of lines and no list of rows."""
+    try:
+        with _open_binary(source) as file:
+            return is_chat(json.loads(file.readline(MAX_ROW_BYTES).decode("utf-8-sig")))
+    except (ValueError, RecursionError, *_UNREADABLE):  # whoever reads the rows says what is wrong
+        return False
+
+
 def _jsonl_rows(source: str, bad_row: Skip) -> Iterator[tuple[int, dict]]:
+    rows = _rows_of_objects(source)
+    if rows is not None:
+        yield from enumerate(rows, 1)
+        return
     with _open_binary(source) as file:
         number, whole = 0, True  # whole: the line before was read to its end
         while True:
@@ -190,9 +223,8 @@ def _jsonl_rows(source: str, bad_row: Skip) -> Iterator[tuple[int, dict]]:
 
 
 def _parsed(source: str, number: int, line: bytes) -> dict:
-    wrapped = _wrapped_hint(source) if number == 1 else ""
     if len(line) > MAX_ROW_BYTES:
-        raise BadRow(source, number, "(line)", f"is longer than {MAX_ROW_BYTES} bytes{wrapped}")
+        raise BadRow(source, number, "(line)", f"is longer than {MAX_ROW_BYTES} bytes")
     try:
         row = json.loads(line.decode())
     except UnicodeDecodeError as error:
@@ -200,29 +232,99 @@ def _parsed(source: str, number: int, line: bytes) -> dict:
         names = re.findall(rb'"([^"\\]{1,60})"\s*:', line[: error.start]) or [b"(line)"]  # the last is the field
         raise BadRow(source, number, names[-1].decode("utf-8", "replace"), problem) from None
     except json.JSONDecodeError as error:
-        hint = wrapped if line.endswith(b"\n") else "; the last line has no end: the file looks cut off"
+        hint = "" if line.endswith(b"\n") else "; the last line has no end: the file looks cut off"
         raise BadRow(source, number, "(line)", f"is not JSON: {error.msg} at character {error.pos}{hint}") from None
     except (RecursionError, ValueError) as error:
         raise BadRow(source, number, "(line)", f"is not usable JSON: {first_line(error)}") from None
+    if is_chat(row):
+        return {"messages": row}
     if not isinstance(row, dict):
         raise BadRow(source, number, "(line)", f"must be an object with named fields, got {type(row).__name__}")
     return row
 
 
-def _wrapped_hint(source: str) -> str:
-    """What to say of a file whose first line is no row: an object around the list of rows is common."""
+def _rows_of_objects(source: str) -> list[dict] | None:
+    """The rows of a file that is one JSON object, or several that span lines; None: each line is a row."""
     try:
         with _open_binary(source) as file:
-            match = _WRAPPED.search(file.read(4096))
+            line = file.readline(MAX_ROW_BYTES + 1)
+            start = line.decode("utf-8-sig", "replace").rstrip()
+            rest = file.readline(MAX_ROW_BYTES + 1)
     except _UNREADABLE:
-        return ""
-    return unwrap_hint(source, match.group(1).decode("utf-8", "replace")) if match else ""
+        return None
+    try:
+        first = json.loads(start)
+        return None if rest.strip() or not isinstance(first, dict) else _rows_in(source, first)
+    except json.JSONDecodeError as error:
+        if error.pos < len(start) or not rest:  # broken within the line, not going on in the next
+            return None
+    except (RecursionError, ValueError):
+        return None
+    objects = _objects(source)
+    return _rows_in(source, objects[0]) or objects if len(objects) == 1 else objects
+
+
+def _objects(source: str) -> list[dict]:
+    """Objects one after another, each on as many lines as it likes."""
+    try:
+        with _open_binary(source) as file:
+            content = file.read(_MAX_OBJECT_BYTES + 1)
+    except _UNREADABLE as error:
+        raise BadRow(source, 0, "(file)", f"cannot be read: {first_line(error)}") from None
+    if len(content) > _MAX_OBJECT_BYTES:
+        problem = f"is JSON over many lines and longer than {_MAX_OBJECT_BYTES} bytes; write JSONL, one row a line"
+        raise BadRow(source, 0, "(file)", problem)
+    decoder, objects, at = json.JSONDecoder(), [], 0
+    try:
+        text = content.decode("utf-8-sig")
+        while (at := _BETWEEN.match(text, at).end()) < len(text):
+            row, at = decoder.raw_decode(text, at)
+            if not isinstance(row, dict):
+                problem = f"must be an object with named fields, got {type(row).__name__}"
+                raise BadRow(source, len(objects) + 1, "(row)", problem)
+            objects.append(row)
+    except json.JSONDecodeError as error:
+        problem = f"is not JSON: {error.msg} in line {error.lineno} of the file"
+        raise BadRow(source, len(objects) + 1, "(row)", problem) from None
+    except UnicodeDecodeError as error:
+        raise BadRow(source, len(objects) + 1, "(row)", f"not UTF-8 ({error.reason}); convert the file") from None
+    except (RecursionError, ValueError) as error:
+        raise BadRow(source, len(objects) + 1, "(row)", f"is not usable JSON: {first_line(error)}") from None
+    return objects
+
+
+def _rows_in(source: str, whole: dict) -> list[dict] | None:
+    """The rows that one object holds: in a list, by id, or column by column; None: it is a row itself."""
+    values = list(whole.values())
+    if not values or any(map(is_chat, values)) or any(isinstance(whole.get(key), str) for key in _ASKING):
+        return None
+    lists = [key for key, value in whole.items() if isinstance(value, list) and value]
+    of_rows = [key for key in lists if all(isinstance(item, dict) for item in whole[key]) and _asks(whole[key][0])]
+    if len(of_rows) > 1:
+        problem = f"has several lists of rows, {listed(of_rows)}{unwrap_hint(source, of_rows[0])}"
+        raise BadRow(source, 0, "(file)", problem)
+    if of_rows:
+        return whole[of_rows[0]]
+    if all(isinstance(value, dict) and value for value in values):
+        keys = list(values[0])
+        if _asks(whole) and all(list(value) == keys for value in values):  # pandas' to_json
+            return [{name: column[key] for name, column in whole.items()} for key in keys]
+        return [{"id": key, **row} for key, row in whole.items()] if _asks(values[0]) else None
+    if _asks(whole) and len(lists) == len(values) > 1 and len({len(value) for value in values}) == 1:
+        return [dict(zip(whole, row, strict=True)) for row in zip(*values, strict=True)]
+    return None
+
+
+def _asks(row: dict) -> bool:
+    """Whether a field has a name under which a question is looked for."""
+    return any(name.lower() in _ASKING for name in row)
 
 
 def unwrap_hint(source: str, key: str) -> str:
     """How to make a file of rows of one whose field `key` holds them."""
-    code = f"json.dump(json.load(open({source!r}))[{key!r}], open('rows.json', 'w'))"
-    return f'; if `{key}` holds the rows, write that list alone: python -c "import json; {code}"'
+    opener = "gzip.open" if source.endswith(".gz") else "open"
+    code = f"json.dump(json.load({opener}({source!r}))[{key!r}], open('rows.json', 'w'))"
+    return f"; if `{key}` holds the rows, write that list alone: python -c {shlex.quote(f'import gzip, json; {code}')}"
 
 
 def _json_rows(source: str, bad_row: Skip) -> Iterator[tuple[int, dict]]:
@@ -262,6 +364,8 @@ def _json_rows(source: str, bad_row: Skip) -> Iterator[tuple[int, dict]]:
             number += 1
             if isinstance(row, dict):
                 yield number, row
+            elif is_chat(row):
+                yield number, {"messages": row}
             else:
                 problem = f"must be an object with named fields, got {type(row).__name__}"
                 bad_row(BadRow(source, number, "(row)", problem))

@@ -1,6 +1,7 @@
 """The result of `verl-hpt data check` for people (text, picture) and for machines (JSON)."""
 
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ FINDINGS = {  # message, and whether it would hurt training
     "duplicate": ("questions that stand in the file more than once", False),
     "contradiction": ("the same question with another expected answer", True),
     "leak": ("rows of validation whose question is in this file", True),
+    "left out": ("fields beside the question that no prompt has: rollouts do not see them", False),
     "without": ("questions without a demonstration keep their rollouts", False),
     "nothing usable": ("no demonstration can be trained on", True),
 }
@@ -159,15 +161,31 @@ def text(result: Result, limit: int | None, examples: int = 5) -> str:
     lines.append("")
     for finding in result.ordered():
         lines.append(f"{'HARM' if finding.harmful else 'warning'}: {finding.message}: {finding.count}")
-        for example in finding.examples[:examples]:
+        distinct = _told_apart(finding.examples)[:examples]
+        for example in distinct:
             where = f"row {example['row']}" if example["row"] else "the file"
             detail = f": {example['detail']}" if example["detail"] else ""
             lines.append(f"    {example['file']}: {where}: field `{example['field']}`{detail}")
-        if finding.examples and finding.count > examples:
-            lines.append(f"    … and {finding.count - min(examples, len(finding.examples))} more")
+        if finding.examples and finding.count > len(distinct):
+            lines.append(f"    … and {finding.count - len(distinct)} more{_rows(finding.examples, distinct)}")
     harmful = result.harmful()
     lines.append(f"{harmful} kind(s) of trouble would hurt training" if harmful else "nothing here would hurt training")
     return "\n".join([*lines, *(f"note: {note}" for note in result.notes)])
+
+
+def _told_apart(examples: list[dict]) -> list[dict]:
+    """The first of each kind of example: those that differ in numbers and quoted values alone are of one."""
+    kinds: dict[tuple[str, str], dict] = {}
+    for example in examples:
+        words = re.sub(r"""'[^']*'|"[^"]*"|`[^`]*`|\d+""", "…", example["detail"])
+        kinds.setdefault((re.sub(r"\d+", "…", example["field"]), words), example)
+    return list(kinds.values())
+
+
+def _rows(examples: list[dict], shown: list[dict]) -> str:
+    """The rows of the first few examples that are not shown."""
+    rows = [str(example["row"]) for example in examples if example not in shown and example["row"]]
+    return f": rows {', '.join(rows[:10])}{', …' if len(rows) > 10 else ''}" if rows else ""
 
 
 def _tokens(shown: dict) -> list[str]:

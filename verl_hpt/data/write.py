@@ -5,25 +5,29 @@ come from all rows, every table is compared with its rows before it is written, 
 """
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from verl_hpt.data.read import Row, first_line
 from verl_hpt.errors import UserError
 
-_GROUP_BYTES, _GROUP_ROWS = 16 * 2**20, 20_000
+_GROUP_BYTES, _GROUP_ROWS = 8 * 2**20, 20_000
+_COMPARED = 256  # rows of a table that are Python objects at once
 _ERRORS = (pa.ArrowException, OverflowError, TypeError, ValueError)
 _CHAT = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+_SCALARS_BUT_TEXT = {int, float, bool, type(None)}
 _SCALARS = {int, float, str, type(None)}  # a bool equals a number, so it is compared one by one
 
 
 def groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """The rows in lists of about 16 MiB, as they are held in memory and written."""
+    """The rows in lists of about 8 MiB, as they are held in memory and written."""
     group, size = [], 0
     for row in rows:
         group.append(row)
@@ -37,13 +41,20 @@ def groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 def _size(value: Any) -> int:
     """About the bytes of a value in Python."""
-    if isinstance(value, str | bytes):
-        return len(value)
-    value = list(value.values()) if isinstance(value, dict) else value
-    if not isinstance(value, list):
-        return 0
-    deeper = value if {str, bytes, dict, list}.intersection(map(type, value)) else ()
-    return 32 * len(value) + sum(map(_size, deeper))
+    size, parts = 0, [value]
+    while parts:
+        part = parts.pop()
+        kind = type(part)
+        if kind is str or kind is bytes:
+            size += len(part)
+        elif kind is dict:
+            size += 16 * len(part)
+            parts.extend(part.values())
+        elif kind is list:
+            size += 16 * len(part)
+            if len(part) < 16 or not _SCALARS_BUT_TEXT.issuperset(map(type, part)):
+                parts.extend(part)
+    return size
 
 
 def schema_of(batches: Iterable[list[dict]], several: bool) -> pa.Schema | None:
@@ -65,6 +76,7 @@ def schema_of(batches: Iterable[list[dict]], several: bool) -> pa.Schema | None:
                 for value in column:
                     with contextlib.suppress(_ERRORS):
                         kinds[name] = _common(kinds[name], [value])
+        rows = column = None  # before the next batch is made
     if not kinds:
         return None
     if not several:
@@ -116,6 +128,11 @@ def misfit(value: Any, kind: pa.DataType, path: str = "") -> tuple[str, str] | N
 
 def _same(meant: Any, written: Any) -> bool:
     """Whether a value came back: an integer may have become the same double, a missing key null."""
+    kind = type(meant)
+    if kind is str:
+        return meant == written  # text equals nothing else
+    if kind is dict and type(written) is dict and meant.keys() == written.keys():
+        return all([_same(value, written[key]) for key, value in meant.items()])
     if isinstance(meant, dict) and isinstance(written, dict):
         return all(_same(meant.get(key), written.get(key)) for key in {**meant, **written})
     if isinstance(meant, list) and isinstance(written, list) and len(meant) == len(written):
@@ -125,12 +142,60 @@ def _same(meant: Any, written: Any) -> bool:
     return meant != meant and written != written
 
 
+def _holds(table: pa.Table, rows: list[dict]) -> bool:
+    """Whether the table gives the rows back; some rows at a time, so that they are not in memory twice."""
+    starts = range(0, len(rows), _COMPARED)
+    return all(all(map(_same, rows[i : i + _COMPARED], table.slice(i, _COMPARED).to_pylist())) for i in starts)
+
+
+def digest_of(table: pa.Table) -> bytes:
+    """A hash of every value of a table, however its buffers lie in memory."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for name in table.column_names:
+        hashed.update(repr(name).encode())
+        array = table[name].combine_chunks()
+        for part in array.chunks if isinstance(array, pa.ChunkedArray) else [array]:
+            _hash(part, hashed)
+    return hashed.digest()
+
+
+def _hash(array: pa.Array, hashed: Any) -> None:
+    """Add an array's values, and which of them are null, to the hash."""
+    kind = array.type
+    shape = [part.name for part in kind] if pa.types.is_struct(kind) else "" if pa.types.is_list(kind) else str(kind)
+    hashed.update(repr((shape, len(array), array.null_count)).encode())
+    if array.null_count:
+        hashed.update(_bytes(pc.is_null(array)))
+    if array.null_count == len(array):
+        return
+    if pa.types.is_struct(kind):
+        for part in array.flatten():  # a part of a null is null
+            _hash(part, hashed)
+    elif pa.types.is_list(kind):
+        hashed.update(_bytes(pc.fill_null(pc.list_value_length(array), 0)))
+        _hash(array.flatten(), hashed)  # without what lies under nulls
+    elif pa.types.is_string(kind) or pa.types.is_binary(kind):
+        array = pc.fill_null(array, "" if pa.types.is_string(kind) else b"")
+        hashed.update(_bytes(pc.binary_length(array)))
+        offsets = memoryview(array.buffers()[1]).cast("i")
+        start, end = offsets[array.offset], offsets[array.offset + len(array)]
+        hashed.update(memoryview(array.buffers()[2])[start:end] if end > start else b"")
+    elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        hashed.update(_bytes(pc.fill_null(array, 0)))
+    else:
+        hashed.update(repr(array.to_pylist()).encode("utf-8", "surrogatepass"))
+
+
+def _bytes(array: pa.Array) -> bytes:
+    return array.to_numpy(zero_copy_only=False).tobytes()
+
+
 class Writer:
     """A parquet file under a provisional name: leaving the `with` proves and names it, an exception removes it."""
 
     def __init__(self, path: str, schema: pa.Schema):
         self.path, self.part, self.schema, self.count = path, f"{path}.part", schema, 0
-        self.digests: list[int | None] = []  # of each row group
+        self.digests: list[bytes | None] = []  # of each row group
         if not path.endswith(".parquet"):
             raise UserError(f"{path}: verl reads parquet by its name; call the output something.parquet")
         if Path(path).is_dir():
@@ -171,7 +236,7 @@ class Writer:
             self.file.close()
             file = pq.ParquetFile(self.part, page_checksum_verification=True)
             for group, digest in enumerate(self.digests):
-                if digest is not None and hash(repr(file.read_row_group(group).to_pylist())) != digest:
+                if digest is not None and digest_of(file.read_row_group(group)) != digest:
                     raise UserError(f"{self.path}: row group {group + 1} does not read back as it was written")
             os.replace(self.part, self.path)
 
@@ -181,12 +246,12 @@ class Writer:
         `extra_info` gets an index, counted in this file, and a split where the row has none of its own.
         """
         rows = [self._final(row, index, split) for index, row in enumerate(rows, self.count)]
-        written = None
+        table = None
         with contextlib.suppress(*_ERRORS):
             table = pa.Table.from_pylist(rows, self.schema)
-            written = table.to_pylist()
-        if written is not None and all(map(_same, rows, written)):
-            self.write_table(table, hash(repr(written)))
+        if table is not None and _holds(table, rows):
+            rows.clear()
+            self.write_table(table, digest_of(table))
             return []
         kind = pa.struct(self.schema)
         changed = [(i, bad[0][1:], bad[1]) for i, row in enumerate(rows) if (bad := misfit(row, kind)) is not None]
@@ -194,7 +259,7 @@ class Writer:
             raise UserError(f"{self.path}: rows {self.count + 1} on cannot be written, though each alone can")
         return changed
 
-    def write_table(self, table: pa.Table, digest: int | None = None) -> None:
+    def write_table(self, table: pa.Table, digest: bytes | None = None) -> None:
         """Write a table as one group; `digest` of its rows, None: it is not read back."""
         self.digests.append(digest)
         with self._writing():
