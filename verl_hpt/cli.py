@@ -12,6 +12,10 @@ COMMANDS = {
     "explain": ("tools.explain", "CASE.json: what a method does to a small batch, with no model"),
     "methods": ("tools.methods", "the table of methods with formulas and sources; --plot FILE draws weights"),
     "settings": ("tools.settings", "every key of hpt.*: default, meaning, what it may be; --json for machines"),
+    "check-run": (
+        "tools.check_run",
+        "-- COMMAND: what a verl command or launch script would do under hpt, with no GPU",
+    ),
     "doctor": ("tools.doctor", "check the installation; --ray also looks into a worker process"),
     "data": ("data.commands", "convert, check, likelihood, eval-set: demonstrations before a GPU hour"),
     "history": ("tools.history", "CHECKPOINT: questions taught, graduated, forgotten, never solved"),
