@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from omegaconf import DictConfig, OmegaConf
 
 from verl_hpt.host.launch import ESTIMATOR, wants
-from verl_hpt.host.refusals import ACTOR, compose_with, shaped_rewards
+from verl_hpt.host.refusals import ACTOR, compose_with
 from verl_hpt.host.run import Run
 
 # verl's estimator -> the rollouts of ours that take the same Â
@@ -112,14 +112,7 @@ def changes(config: DictConfig, base: DictConfig, run: Run, estimator: str) -> I
             "set it to 8",
             True,
         )
-    for option, meaning in shaped_rewards(config):
-        yield Change(option, f"{meaning}: {_gate_reads(run)}")
     yield from _legacy(config)
-
-
-def _gate_reads(run: Run) -> str:
-    gate = run.settings.gate
-    return f"the gate compares {'the score' if gate.metric is None else gate.metric} with {gate.success:g}"
 
 
 def _estimator(config: DictConfig, run: Run, estimator: str) -> Iterator[Change]:
@@ -128,11 +121,12 @@ def _estimator(config: DictConfig, run: Run, estimator: str) -> Iterator[Change]
     OmegaConf.update(stock, ESTIMATOR, estimator)
     if estimator != "hpt":
         same = ESTIMATORS.get(estimator)
-        more = f"; rollouts as before: {compose_with(same)}" if same and method.name == "hpt" else ""
+        critic = " with critic.enable=True" if same == "ppo" else ""
+        more = f"; rollouts as before: {compose_with(same)}{critic}" if same and method.name == "hpt" else ""
         yield Change(f"{ESTIMATOR}={estimator}", f"replaced: method {method.name}, {method.formula}{more}")
     had, has = (wants(each)["has_critic"] for each in (stock, config))
     if had and not has:
-        yield Change("critic.*", "dead: no critic is built; critic.enable=True with rollouts of ppo keeps it")
+        yield Change("critic.*", "dead: no critic is built")
     elif has and not method.uses_critic:
         yield Change(
             f"critic.enable={config.critic.enable}",

@@ -75,7 +75,9 @@ def _hydra(arguments: Sequence[str]) -> Iterator[tuple[Hydra, str, list[str]]]:
         with contextlib.redirect_stderr(usage):
             options = get_args_parser().parse_args(list(arguments))
     except SystemExit:
-        raise UserError(f"Hydra does not take these arguments: {usage.getvalue().strip().splitlines()[-1]}") from None
+        problem = usage.getvalue().strip().splitlines()[-1].partition("error: ")[2]
+        problem = f"Hydra does not take these arguments: {problem} (its own options come before all overrides)"
+        raise UserError(problem) from None
     search = create_automatic_config_search_path(str(MAIN), None, options.config_path or "config")
     if options.config_dir is not None:
         folder = os.path.abspath(options.config_dir)
@@ -147,7 +149,10 @@ def _unknown(base: DictConfig, path: str, alike: float = 0.6) -> str | None:
         if not OmegaConf.is_dict(node):
             return None
         if name not in node:
-            known = {str(key) for key in node} | _fields(node.get("_target_"))
+            fields = _fields(node.get("_target_"))
+            if name in fields:
+                return None
+            known = {str(key) for key in node} | fields
             near = difflib.get_close_matches(name, known, n=1, cutoff=alike)
             hint = f"; did you mean {'.'.join([*done, near[0]])}?" if near else ""
             return f"{path}: {'.'.join(done) or 'the config'} has no key {name!r}{hint}"
@@ -158,8 +163,9 @@ def _unknown(base: DictConfig, path: str, alike: float = 0.6) -> str | None:
 
 def _fields(target: object) -> set[str]:
     """Names of the fields of a dataclass of verl's; none where it is no such thing, or cannot be imported here."""
-    with contextlib.suppress(Exception):
-        return {field.name for field in dataclasses.fields(hydra.utils.get_class(target))}
+    if isinstance(target, str):
+        with contextlib.suppress(Exception):
+            return {field.name for field in dataclasses.fields(hydra.utils.get_class(target))}
     return set()
 
 
@@ -170,7 +176,8 @@ def added(arguments: Sequence[str], base: DictConfig) -> tuple[list[str], list[s
     fatal, misspelt = [], []
     for override in parsed:
         path = override.key_or_group
-        if not (override.is_add() or override.is_force_add()) or path.split(".")[0] == "hpt":
+        passed_on = re.search(r"kwargs|override", path)  # to Ray, to an engine, to a model's config: verl lists no keys
+        if not (override.is_add() or override.is_force_add()) or path.split(".")[0] == "hpt" or passed_on:
             continue
         node, _, name = path.rpartition(".")
         found = OmegaConf.select(base, node, throw_on_missing=False) if node else None
@@ -220,14 +227,21 @@ def _validated(config: DictConfig, has: Mapping[str, bool]) -> tuple[str | None,
             for node in (config.actor_rollout_ref.rollout, config.algorithm):
                 omega_conf_to_dataclass(node)
     except Exception as error:  # verl's checks raise what they like
+        frames = traceback.extract_tb(error.__traceback__)
         while error.__cause__ is not None:
             error = error.__cause__
-        if isinstance(error, ImportError):
-            return None, f"verl's own checks need a package that is not installed here ({error}); they were not made"
+            frames += traceback.extract_tb(error.__traceback__)
+        # A package of another version, or a model that is not here: another machine trains.
+        absent = any(frame.name == "<module>" or "/huggingface_hub/" in frame.filename for frame in frames[1:])
+        if isinstance(error, ImportError) or absent:
+            return None, f"verl's own checks cannot all be made on this machine: {_first_line(error)}"
+        if (
+            lacks := re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+        ) is not None:
+            return f"its {lacks[1]} has no field {lacks[2]!r}", None
         if isinstance(error, (AssertionError, ValueError)) and str(error):
             return _first_line(error), None
-        line = traceback.extract_tb(error.__traceback__)[-1].line
-        return f"{type(error).__name__}: {_first_line(error)}, in `{line}`", None
+        return f"{type(error).__name__}: {_first_line(error)}, in `{frames[-1].line}`", None
     return None, None
 
 

@@ -102,7 +102,8 @@ class Run:
             )
         compared = f"the gate compares {reached} with {gate.success:g}"
         shaped = [f"{option}: {meaning}; {compared}" for option, meaning in refusals.shaped_rewards(self.verl_config)]
-        lines += [f"  note: {text}" for text in shaped if self.method.when not in ("never", "always")]
+        weight = "WARNING" if gate.metric is None else "note"
+        lines += [f"  {weight}: {text}" for text in shaped if self.method.when not in ("never", "always")]
         if self.method.name == "gspo" and clip["clip_high"] > 0.01:
             lines.append("  note: GSPO's paper clips at 3e-4/4e-4; set actor.clip_ratio_low/high")
         for label, text in (("unverified", self.method.unverified), ("approximate", self.method.approximate)):

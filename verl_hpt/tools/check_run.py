@@ -44,14 +44,14 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--limit must be 1 or more, got {options.limit}")
     words = argv[split + 1 :]
     launch = command.read(words, options.timeout)
-    harm = list(command.lost(launch, words))
-    for text in harm:
-        print(f"HARM: {text}")
-    for text in launch.notes:
+    lost, closed = command.lost(launch, words)
+    if lost is not None:
+        print(f"HARM: {lost}")
+    for text in [*launch.notes, *([] if closed is None else [closed])]:
         print(f"note: {text}")
     for other in launch.others:
         print(f"not run: {textwrap.shorten(other, 200)}")
-    worst = 1 if harm else 0
+    worst = 0 if lost is None else 1
     for number, call in enumerate(launch.calls, start=1):
         if len(launch.calls) > 1:
             print(f"\n=== training {number} of {len(launch.calls)} ===")
@@ -103,21 +103,19 @@ def _told(call: command.Call, launch: command.Launch, options: argparse.Namespac
         print("trainer.val_only=True: nothing is trained, and hpt takes no part")
         return
     if estimator != "hpt":
-        print(
-            f"{host.ESTIMATOR}={estimator} in this command: hpt takes no part in it. It is checked as if {host.SWITCH}"
-        )
+        print(f"{host.ESTIMATOR} is {estimator}: hpt takes no part in this command. It is checked as if {host.SWITCH}")
         print("were added to it.")
-        config = host.compose([*call.arguments, host.SWITCH])
+        config.algorithm.adv_estimator = "hpt"
     fatal, misspelt = host.added(call.arguments, base)
     run, banner, notes = host.build(config, fatal)
     print(banner)
     harms = [f"{text}; nothing reads it as it is" for text in misspelt]
     table = list(changes(config, base, run, estimator))
-    if table:
+    if any(not change.harm for change in table):
         print("\nUnder hpt:")
-    for change in table:
+    for change in (change for change in table if not change.harm):
         print(f"  {change.option}")
-        print(textwrap.fill(change.meaning, 116, initial_indent="      ", subsequent_indent="      "))
+        print(f"      {change.meaning}")
     harms += [f"{change.option}: {change.meaning}" for change in table if change.harm]
     harms += _data(config, run, launch, options)
     print()

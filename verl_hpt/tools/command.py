@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +24,7 @@ MAIN = "verl.trainer.main_ppo"
 LIMIT = 60  # seconds that a launch script gets
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
 _OVERRIDE = re.compile(r"[+~]{0,2}(actor_rollout_ref|algorithm|critic|data|hpt|reward|reward_model|trainer)\.[\w.]+=?")
-_PASSES_ON = re.compile(r"\$[@*]|\$\{[@*]")
+_PASSES_ON = re.compile(r"\$[@*]|\$\{[@*]|^\s*(source|\.)\s", re.MULTILINE)  # what it sources may pass them on
 _SHELLS = ("bash", "sh", "zsh", "dash")
 
 
@@ -166,15 +166,19 @@ def _without(folder: str, env: Mapping[str, str]) -> dict[str, str]:
     return env
 
 
-def lost(launch: Launch, command: Sequence[str]) -> Iterator[str]:
-    """Why a launch script does not hand its arguments on to verl; nothing where it does, or there is no script."""
+def lost(launch: Launch, command: Sequence[str]) -> tuple[str | None, str | None]:
+    """How a launch script does not hand its arguments on to verl. -> (overrides lost, that none would arrive)"""
     if launch.script is None or launch.script == "-c":
-        return
-    after = list(command)[list(command).index(launch.script) + 1 :] if launch.script in command else []
+        return None, None
+    after = list(command)[list(command).index(launch.script) + 1 :]
     overrides = [word for word in after if _OVERRIDE.match(word)]
     gone = [word for word in overrides if not any(word in call.arguments for call in launch.calls)]
     where = f'{launch.script}: add "$@" at the end of its `python -m {MAIN} ...`, or write the overrides there'
     if gone:
-        yield f"{shlex.join(gone)} {'is' if len(gone) == 1 else 'are'} not in the command that is run. {where}"
-    elif not overrides and not _PASSES_ON.search(Path(launch.script).read_text(errors="replace")):
-        yield f"it does not pass its arguments on to verl. To switch hpt on, edit {where}"
+        return (
+            f"{shlex.join(gone)} {'is' if len(gone) == 1 else 'are'} lost: not in the command that is run. {where}",
+            None,
+        )
+    if not overrides and not _PASSES_ON.search(Path(launch.script).read_text(errors="replace")):
+        return None, f"arguments of the script do not reach verl. To add overrides, edit {where}"
+    return None, None

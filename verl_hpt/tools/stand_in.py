@@ -60,7 +60,7 @@ def install(folder, calls, python):
     startup = os.environ.get("BASH_ENV")
     with open(os.path.join(folder, "functions.sh"), "w", encoding="utf-8") as file:
         file.writelines([f'. "{startup}"\n'] if startup else [])
-        file.writelines(functions)
+        file.writelines([*functions, "ulimit() { :; }\n"])  # a limit that cannot be raised here ends many scripts
     os.symlink(os.path.abspath(__file__), os.path.join(folder, "sitecustomize.py"))
     return {
         CALLS: calls,
