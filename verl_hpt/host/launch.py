@@ -11,6 +11,7 @@ import difflib
 import io
 import os
 import re
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +32,6 @@ from verl.trainer.ppo.core_algos import kl_penalty
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 
-import verl_hpt.plugin  # noqa: F401  (offers --config-name hpt_trainer)
 from verl_hpt.errors import UserError, raise_all
 from verl_hpt.host import contract
 from verl_hpt.host.advantage import OTHER_TRAINER
@@ -206,6 +206,8 @@ def build(config: DictConfig, problems: Sequence[str] = ()) -> tuple[Run, str, l
     problems, run, banner, has = [*problems], None, io.StringIO(), wants(config)
     problem, note = (None, None) if problems else _validated(config, has)
     problems += [] if problem is None else [f"verl refuses it: {problem}"]
+    if "verl_hpt.plugin" not in sys.modules:  # verl was imported above, and loads it
+        problems.append("verl does not load the plugin, and would not know hpt: see `verl-hpt doctor`")
     if config.trainer.get("use_v1") is False:
         problems.append(f"trainer.use_v1=False: {OTHER_TRAINER}")
     try:
