@@ -30,7 +30,7 @@ LEANED_ON = (
      "trainer: KL loss of RL rollouts"),
     ("verl.trainer.ppo.utils:need_reference_policy", ("config",), (), "trainer: methods that need reference log-probs"),
     ("verl.trainer.ppo.utils:need_critic", ("config",), (), "trainer: methods that need a critic"),
-    ("verl.trainer.ppo.ray_trainer:RayPPOTrainer", (), ("self.config = config",), "plugin: other entry points refuse hpt"),
+    ("verl.trainer.ppo.ray_trainer:RayPPOTrainer", (), ("self.config = config",), "plugin: it refuses hpt"),
     ("verl.utils.config:validate_config", ("config", "use_reference_policy", "use_critic"), (), "launch: its checks"),
     ("verl.utils.config:omega_conf_to_dataclass", ("config",), (), "launch: its checks"),
     # the trainer's own methods, and what they set

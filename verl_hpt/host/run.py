@@ -308,8 +308,8 @@ def _multi_modal(table, columns: Sequence[str], data) -> Iterator[str]:
             first = next((row for row, cell in enumerate(cells, start=1) if cell is not None and len(cell)), None)
             if first is not None:
                 yield f"data.{key}={column!r}: row {first} of the training data has something there; {remedy}"
-    rows = hasattr(table, "__len__") and len(table) and data.prompt_key in columns
-    messages = plain(table[data.prompt_key][0]) if rows else None
+    prompts = table[data.prompt_key] if data.prompt_key in columns and hasattr(table, "__len__") else ()
+    messages = plain(next(iter(prompts), None))
     for message in messages if isinstance(messages, list) else ():
         content = message.get("content") if isinstance(message, Mapping) else None
         for part in content if isinstance(content, list) else ():

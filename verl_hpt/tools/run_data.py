@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from verl_hpt.data import check, report
 from verl_hpt.data.commands import add_check
 from verl_hpt.data.grade import load_reward
-from verl_hpt.data.read import BadRow, file_kind, read_rows
+from verl_hpt.data.read import BadRow, count_rows, file_kind, read_rows
 from verl_hpt.errors import UserError
 from verl_hpt.host.run import Run
 
@@ -36,17 +36,16 @@ class Table:
             return pq.ParquetFile(file).schema_arrow.names
         return list(next((row for _, row in read_rows(file)), {}))
 
-    def __getitem__(self, name: str) -> list:
-        cells = []
+    def __getitem__(self, name: str) -> Iterator:
         for file in self.files:
             if file_kind(file) == "parquet":
-                cells += pq.read_table(file, columns=[name]).column(name).to_pylist()
+                for batch in pq.ParquetFile(file).iter_batches(columns=[name]):
+                    yield from batch.column(0).to_pylist()
             else:
-                cells += [row.get(name) for _, row in read_rows(file)]
-        return cells
+                yield from (row.get(name) for _, row in read_rows(file))
 
     def __len__(self) -> int:
-        return sum(1 for file in self.files for _ in read_rows(file))
+        return sum(count_rows(file) or sum(1 for _ in read_rows(file)) for file in self.files)
 
 
 def named_files(config: DictConfig, key: str) -> list[str]:
