@@ -5,9 +5,11 @@ Refusals and banner come from the same code that trains (``run``, ``refusals``).
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import io
 import os
 import re
@@ -67,24 +69,28 @@ def entry_problem(entry: str) -> str | None:
     return f"{entry}: hpt trains in `python -m verl.trainer.main_ppo` alone; {why}"
 
 
-@contextlib.contextmanager
-def _hydra(arguments: Sequence[str]) -> Iterator[tuple[Hydra, str, list[str]]]:
-    """Hydra as verl's entry point sets it up: --config-name, --config-path and --config-dir included."""
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    """Hydra's own options and the overrides."""
     usage = io.StringIO()
     try:
         with contextlib.redirect_stderr(usage):
-            options = get_args_parser().parse_args(list(arguments))
+            return get_args_parser().parse_args(list(arguments))
     except SystemExit:
         problem = usage.getvalue().strip().splitlines()[-1].partition("error: ")[2]
         problem = f"Hydra does not take these arguments: {problem} (its own options come before all overrides)"
         raise UserError(problem) from None
+
+
+@contextlib.contextmanager
+def _hydra(options: argparse.Namespace) -> Iterator[tuple[Hydra, str]]:
+    """Hydra as verl's entry point sets it up, and the config's name."""
     search = create_automatic_config_search_path(str(MAIN), None, options.config_path or "config")
     if options.config_dir is not None:
         folder = os.path.abspath(options.config_dir)
         search.prepend(provider="command-line", path=f"file://{folder}", anchor=SearchPathQuery(provider="schema"))
     GlobalHydra.instance().clear()
     try:
-        yield Hydra.create_main_hydra2("main_ppo", search), options.config_name or "ppo_trainer", options.overrides
+        yield Hydra.create_main_hydra2("main_ppo", search), options.config_name or "ppo_trainer"
     finally:
         GlobalHydra.instance().clear()
 
@@ -95,11 +101,12 @@ def compose(arguments: Sequence[str]) -> DictConfig:
     Raises:
         UserError: Hydra refuses them, or a dataclass of verl's lacks a key; a misspelt one comes with the nearest.
     """
-    with _hydra(arguments) as (composer, name, overrides):
+    options = _options(arguments)
+    with _hydra(options) as (composer, name):
         try:
-            config = _composed(composer, name, overrides)
+            config = _composed(composer, name, options.overrides)
         except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(_composing(error, composer, name, overrides)) from None
+            raise UserError(_composing(error, composer, name, options.overrides)) from None
     try:
         OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
@@ -109,8 +116,16 @@ def compose(arguments: Sequence[str]) -> DictConfig:
 
 def base_config(arguments: Sequence[str]) -> DictConfig:
     """The same without the overrides, but for the model engine: what the overrides are compared with."""
-    with _hydra(arguments) as (composer, name, overrides):
-        return _composed(composer, name, _engine(overrides))
+    options = _options(arguments)
+    own = options.config_path or options.config_dir
+    where = (options.config_name, options.config_path, options.config_dir, os.getcwd() if own else "")
+    return _base(*where, tuple(_engine(options.overrides)))
+
+
+@functools.cache
+def _base(name: str | None, path: str | None, folder: str | None, cwd: str, engine: tuple[str, ...]) -> DictConfig:
+    with _hydra(argparse.Namespace(config_name=name, config_path=path, config_dir=folder)) as (composer, found):
+        return _composed(composer, found, engine)
 
 
 def _engine(overrides: Sequence[str]) -> list[str]:
@@ -171,8 +186,7 @@ def _fields(target: object) -> set[str]:
 
 def added(arguments: Sequence[str], base: DictConfig) -> tuple[list[str], list[str]]:
     """Keys added with + or ++. -> (those at which verl will stop, those that look misspelt and that nothing reads)"""
-    with _hydra(arguments) as (_, _, overrides):
-        parsed = OverridesParser.create().parse_overrides(overrides)
+    parsed = OverridesParser.create().parse_overrides(_options(arguments).overrides)
     fatal, misspelt = [], []
     for override in parsed:
         path = override.key_or_group
