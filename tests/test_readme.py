@@ -66,7 +66,7 @@ def test_every_command_that_is_written_down_exists():
     written = {
         (command, file.name)
         for file in files
-        for command in re.findall(r"(?m)(?:^|`|\$ )verl-hpt ([a-z]\w*)", file.read_text(encoding="utf-8"))
+        for command in re.findall(r"(?m)(?:^|`|\$ )verl-hpt ([a-z][\w-]*\w)", file.read_text(encoding="utf-8"))
     }
     assert {command for command, _ in written} == set(COMMANDS), written
 

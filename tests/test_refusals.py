@@ -11,13 +11,14 @@ from datasets import Dataset
 from test_questions import Letters
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopWorkerTQ
-from verl_config import compose
+from verl_config import FOLDER, compose
 
 from verl_hpt.demos.encode import stop_ids
 from verl_hpt.errors import UserError
 from verl_hpt.host.batch import Group
 from verl_hpt.host.contract import FIELDS
 from verl_hpt.host.run import Run
+from verl_hpt.methods import METHODS
 
 ACTOR = "actor_rollout_ref.actor"
 
@@ -42,6 +43,10 @@ def refused(*overrides: str, **has) -> str:
 # --- verl's options --------------------------------------------------------------------------------------------------
 
 
+ENGINES = ("dp", "megatron", "veomni", "torchtitan")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
     ("override", "message", "remedy"),
     [
@@ -75,9 +80,79 @@ def refused(*overrides: str, **has) -> str:
          f"{ACTOR}.entropy_coeff=0"),
     ],
 )  # fmt: skip
-def test_options_of_verl_that_would_become_something_else_are_refused(override, message, remedy):
-    assert message in refused(override)
-    start(override, remedy)
+def test_options_of_verl_that_would_become_something_else_are_refused(override, message, remedy, engine):
+    chosen = f"model_engine={engine}"
+    assert message in refused(chosen, override)
+    start(chosen, override, remedy)
+
+
+def test_every_engine_of_verl_is_among_those_that_refusals_are_tested_with():
+    assert {path.stem for path in (FOLDER / "model_engine").glob("*.yaml")} == set(ENGINES)
+
+
+@pytest.mark.parametrize(
+    ("loss_mode", "rollouts", "how"),
+    [("gspo", "gspo", "sequence"), ("cispo", "cispo", "token"), ("gpg", "reinforce", "sequence")],
+)
+def test_a_policy_loss_of_verls_is_refused_with_the_setting_of_ours_that_does_the_same(loss_mode, rollouts, how):
+    text = refused(f"{ACTOR}.policy_loss.loss_mode={loss_mode}")
+    remedy = f"++hpt.compose={{rollouts: {rollouts}, demos: [{{kind: S}}], normalization: {how}}}"
+    assert f"leave it at vanilla and set '{remedy}', which takes it on the rollouts" in text
+    run = start(remedy)
+    assert run.method.rollouts == METHODS[rollouts].rollouts and run.normalization == METHODS[rollouts].normalization
+    assert [term.kind for term in run.method.demos] == ["S"] and run.method.when == "gate"
+    assert run.method.demos == METHODS["hpt"].demos
+    assert start(f"++hpt.method={rollouts}").method.demos == ()
+
+
+@pytest.mark.parametrize("loss_mode", ["sapo", "geo_mean", "clip_cov", "kl_cov", "dppo_tv", "dro"])
+def test_a_policy_loss_that_none_of_ours_has_is_refused_without_a_false_remedy(loss_mode):
+    text = refused(f"{ACTOR}.policy_loss.loss_mode={loss_mode}")
+    assert "choose hpt.method (`verl-hpt methods`); none of ours has this loss" in text and "compose" not in text
+
+
+def test_policy_losses_that_are_named_are_verls():
+    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
+
+    from verl_hpt.host.refusals import LOSSES
+
+    assert set(LOSSES) <= set(POLICY_LOSS_REGISTRY) and set(LOSSES.values()) <= set(METHODS)
+
+
+DAPO = [
+    "reward.reward_manager.name=dapo",
+    "++reward.reward_kwargs.overlong_buffer_cfg={enable: true, penalty_factor: 1}",
+]
+
+
+def test_an_overlong_penalty_under_a_gate_that_reads_the_score_is_refused():
+    text = refused(*DAPO, "++hpt.per_source={math:{gate:{metric:acc}},code:{gate:{count:1}}}")
+    for gate in ("hpt.gate", "hpt.per_source.code.gate"):
+        assert f"a right answer loses up to 1 where it is long, and is then not solved by {gate}.success=1" in text
+        assert f"set ++{gate}.metric=acc" in text
+    assert "per_source.math" not in text
+    start(*DAPO, "++hpt.gate.metric=acc")
+    start(*DAPO, "++hpt.gate.success=0.5")
+    start(*DAPO, "++hpt.method=grpo")
+    start(*DAPO, "reward.reward_kwargs.overlong_buffer_cfg.enable=false")
+    start(DAPO[1])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "meaning"),
+    [
+        ([*DAPO, "++hpt.gate.success=0.5"], "loses up to 1 where it is long; the gate compares score with 0.5"),
+        (["reward.reward_manager.name=gdpo"], "the score adds up several rewards; the gate compares score with 1"),
+        (["reward.reward_model.enable=True"], "not whether it is right; the gate compares score with 1"),
+    ],
+)
+def test_a_shaped_reward_is_in_the_banner_with_what_the_gate_compares(overrides, meaning, capsys):
+    start(*overrides)
+    assert "  WARNING: reward." in (banner := capsys.readouterr().out) and meaning in banner
+    start(*overrides, "++hpt.gate.metric=acc")
+    assert "  note: reward." in (banner := capsys.readouterr().out) and "the gate compares acc with" in banner
+    start(*overrides, "++hpt.method=luffy")
+    assert "the gate compares" not in capsys.readouterr().out
 
 
 def test_a_kl_coefficient_matters_where_the_kl_loss_is_on():
@@ -368,6 +443,33 @@ def test_the_trainer_names_questions_by_the_column_and_stops_at_one_without_a_na
         batch_of(monkeypatch, {"id": ["x", None]}, "++hpt.question_key=id")
     hashed = [group.key for group in batch_of(monkeypatch, {"data_source": ["math", "math"], **PROMPTS})]
     assert len(set(hashed)) == 2 and all(len(key) == 16 for key in hashed)
+
+
+IMAGE = {"role": "user", "content": [{"type": "image", "text": ""}, {"type": "text", "text": "?"}]}
+
+
+@pytest.mark.parametrize(
+    ("columns", "place"),
+    [
+        ({"images": [[], ["a.png"], None]}, "data.image_key='images': row 2"),
+        ({"videos": [None, None, [{"video": "a.mp4"}]]}, "data.video_key='videos': row 3"),
+        ({"audios": [["a.wav"], [], []]}, "data.audio_key='audios': row 1"),
+        ({"prompt": [[IMAGE]] * 3}, "data.prompt_key='prompt': row 1 of the training data has an image"),
+    ],
+)
+def test_prompts_with_images_are_refused_by_the_data_before_a_model_loads(columns, place):
+    text = check(start(), **{**ROWS, **columns})
+    assert text.startswith(place) and text.endswith(
+        "multi-modal prompts are not supported yet. Leave such rows out, or train them with another adv_estimator"
+    )
+
+
+def test_columns_of_images_without_an_image_are_no_obstacle():
+    empty = {"images": [[], [], []], "videos": [None, None, None]}
+    assert check(start(), **ROWS, **empty) == ""
+    assert check(start("data.image_key=pictures"), **ROWS, pictures=[["a.png"]] * 3).startswith(
+        "data.image_key='pictures'"
+    )
 
 
 def test_the_trainer_refuses_prompts_with_images(monkeypatch):

@@ -46,6 +46,24 @@ def _offer_estimator(core_algos):
     core_algos.register_adv_est("hpt")(hpt_advantage)
 
 
+@wrapt.when_imported("verl.trainer.ppo.ray_trainer")
+def _refuse_other_trainers(ray_trainer):
+    """verl's legacy trainer, and those of recipes and experiments, which are all of its class: hpt is refused at once,
+    not at the first advantage."""
+    base = ray_trainer.RayPPOTrainer
+
+    def new(cls, *args, **kwargs):
+        config = kwargs["config"] if "config" in kwargs else next(iter(args), None)
+        if config is not None and config.algorithm.adv_estimator == "hpt":
+            from verl_hpt.errors import UserError
+            from verl_hpt.host.advantage import OTHER_TRAINER
+
+            raise UserError(f"{cls.__name__}: {OTHER_TRAINER}")
+        return super(base, cls).__new__(cls)
+
+    base.__new__ = new
+
+
 if os.environ.get("VERL_PLATFORM") == "cpu":
     import verl_hpt.cpu
 

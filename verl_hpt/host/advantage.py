@@ -13,6 +13,11 @@ from verl_hpt.estimator import Method
 from verl_hpt.parts import center
 
 _method: Method | None = None
+OTHER_TRAINER = (
+    "algorithm.adv_estimator=hpt needs verl-hpt's trainer, and another one is running: it would train plain Dr. GRPO "
+    "without demonstrations. Set trainer.use_v1=True and run `python -m verl.trainer.main_ppo`; `verl-hpt doctor` "
+    "tells whether the plugin is found."
+)
 
 
 def switch_on(method: Method) -> None:
@@ -34,11 +39,7 @@ def hpt_advantage(token_level_rewards, response_mask, index, config=None, **_):
         RuntimeError: the trainer that runs is not ours.
     """
     if _method is None:
-        raise RuntimeError(
-            "algorithm.adv_estimator=hpt needs verl-hpt's trainer, and another one is running: it would train plain "
-            "Dr. GRPO without demonstrations. Set trainer.use_v1=True and run `python -m verl.trainer.main_ppo`; "
-            "`verl-hpt doctor` tells whether the plugin is found."
-        )
+        raise RuntimeError(OTHER_TRAINER)
     estimator = _method.rollouts
     over_group = estimator.advantage.over_group if estimator is not None else None
     score = token_level_rewards.sum(-1).double().cpu().numpy()

@@ -30,6 +30,9 @@ LEANED_ON = (
      "trainer: KL loss of RL rollouts"),
     ("verl.trainer.ppo.utils:need_reference_policy", ("config",), (), "trainer: methods that need reference log-probs"),
     ("verl.trainer.ppo.utils:need_critic", ("config",), (), "trainer: methods that need a critic"),
+    ("verl.trainer.ppo.ray_trainer:RayPPOTrainer", (), ("self.config = config",), "plugin: it refuses hpt"),
+    ("verl.utils.config:validate_config", ("config", "use_reference_policy", "use_critic"), (), "launch: its checks"),
+    ("verl.utils.config:omega_conf_to_dataclass", ("config",), (), "launch: its checks"),
     # the trainer's own methods, and what they set
     (_TRAINER, ("config",), ("self.config =", "_query_dispatch_info(", "_dispatch_info["),
      "trainer: the run is built before it; data-parallel ranks of the actor"),
@@ -92,9 +95,11 @@ _ACTOR, _ROLLOUT, _MODEL = (f"actor_rollout_ref.{part}" for part in ("actor", "r
 _CUTS = "log_prob_use_dynamic_bsz log_prob_micro_batch_size_per_gpu"
 _READ = {
     "plugin": {"algorithm": "adv_estimator"},
+    "launch": {"trainer": "use_v1 val_only"},
     "trainer": {"algorithm": "use_kl_in_reward", "trainer": "default_local_dir resume_mode resume_from_path"},
     "run": {
-        "data": "max_response_length apply_chat_template_kwargs", "trainer.v1": "trainer_mode",
+        "data": "max_response_length apply_chat_template_kwargs prompt_key image_key video_key audio_key",
+        "trainer.v1": "trainer_mode",
         "algorithm": "norm_adv_by_std_in_grpo rollout_correction.rollout_is",
         _MODEL: "path trust_remote_code use_fused_kernels",
         _ROLLOUT: f"n temperature max_model_len calculate_log_probs {_CUTS}", "actor_rollout_ref.ref": _CUTS,
@@ -104,6 +109,7 @@ _READ = {
     },
     "refusals": {
         "algorithm": "filter_groups.enable rollout_correction.bypass_mode", "distillation": "enabled",
+        "reward": "reward_manager.name reward_model.enable",
         _ACTOR: "shuffle policy_loss.loss_mode", _ROLLOUT: "enable_rollout_routing_replay", "critic": "enable",
     },
 }  # fmt: skip

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-from verl_hpt.config import CLIPS, Clips, Settings, clips, find_method, gates, parse
+from verl_hpt.config import CLIPS, Clips, Gate, Settings, clips, find_method, gates, parse
 from verl_hpt.errors import raise_all, read, shown
 from verl_hpt.estimator import Method
+from verl_hpt.methods import METHODS
 
 ACTOR = "actor_rollout_ref.actor"
+OVERLONG = "reward.reward_kwargs.overlong_buffer_cfg"
 WITH_GATE = "a method with a gate (hpt, hpt_off_on, hpt_mix_on)"
+# verl's policy losses -> the rollouts of ours that do the same
+LOSSES = {"gspo": "gspo", "cispo": "cispo", "gpg": "reinforce"}
 USE_REFERENCE = f"{ACTOR}.use_kl_loss=True (kl_loss_coef=0 keeps the rollouts' KL out)"
 
 
@@ -30,9 +34,54 @@ def settle(config, node: Mapping | None, *, has_reference: bool, has_critic: boo
         problems += [
             *_method(config, settings, method, has_reference, has_critic),
             *_demo(settings, method, has_reference),
+            *_shaped(config, settings, method),
         ]
     raise_all(problems, "verl-hpt refuses this config:")
     return settings, method
+
+
+def compose_with(rollouts: str) -> str:
+    """The override that has HPT's demonstrations beside another method's rollouts."""
+    how = METHODS[rollouts].normalization
+    return f"'++hpt.compose={{rollouts: {rollouts}, demos: [{{kind: S}}], normalization: {how}}}'"
+
+
+def _same(loss_mode: str) -> str:
+    """What of ours does what a policy loss of verl's does on the rollouts."""
+    same = LOSSES.get(loss_mode)
+    if same is None:
+        return "choose hpt.method (`verl-hpt methods`); none of ours has this loss"
+    return f"set {compose_with(same)}, which takes it on the rollouts; ++hpt.method={same} has no demonstrations"
+
+
+def shaped_rewards(config) -> Iterator[tuple[str, str]]:
+    """Options by which a right answer can score something other than 1: (option=value, what it does)."""
+    reward = config.get("reward") or {}
+    manager = (reward.get("reward_manager") or {}).get("name")
+    overlong = (reward.get("reward_kwargs") or {}).get("overlong_buffer_cfg") or {}
+    yield from (
+        (option, meaning)
+        for condition, option, meaning in (
+            (manager == "dapo" and overlong.get("enable"), f"{OVERLONG}.enable={overlong.get('enable')}",
+             f"a right answer loses up to {overlong.get('penalty_factor')} where it is long"),
+            (manager == "gdpo", "reward.reward_manager.name=gdpo", "the score adds up several rewards"),
+            ((reward.get("reward_model") or {}).get("enable"), "reward.reward_model.enable=True",
+             "a model's score says how good an answer is, not whether it is right"),
+        )
+        if condition
+    )  # fmt: skip
+
+
+def _shaped(config, settings: Settings, method: Method) -> Iterator[str]:
+    """A gate that waits for a score which right answers lose."""
+    for option, meaning in shaped_rewards(config):
+        for where, gate in gates(settings).items():
+            waits = gate.metric is None and gate.success == Gate().success and method.when not in ("never", "always")
+            if waits and option.startswith(OVERLONG):
+                yield (
+                    f"{option}: {meaning}, and is then not solved by {where}.success={gate.success:g}; set ++{where}."
+                    f"metric=acc (the reward function's own verdict), or ++{where}.success to the score that counts"
+                )
 
 
 def _of(*table: tuple) -> Iterator[str]:
@@ -62,7 +111,7 @@ def _host(config) -> Iterator[str]:
         (on("algorithm.rollout_correction.bypass_mode"),
          "algorithm.rollout_correction.bypass_mode=True brings a loss of its own; set it to False"),
         (loss_mode not in (None, "vanilla"),
-         f"{ACTOR}.policy_loss.loss_mode={loss_mode}: the loss is ours; leave it at vanilla and choose hpt.method"),
+         f"{ACTOR}.policy_loss.loss_mode={loss_mode}: the loss is ours; leave it at vanilla and {_same(loss_mode)}"),
     )  # fmt: skip
     for path in (ACTOR, *(f"{ACTOR}.{name}" for name in actor if isinstance(actor.get(name), Mapping))):
         mode = on(f"{path}.router_replay.mode")  # of the actor's engine: actor.megatron, actor.veomni

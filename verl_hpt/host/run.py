@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from omegaconf import OmegaConf
 
@@ -100,6 +100,10 @@ class Run:
                 "  a demonstration's reward in its group: the largest of hpt.gate.success and the group's best (set "
                 "hpt.demo.reward to a number or a column for another)"
             )
+        compared = f"the gate compares {reached} with {gate.success:g}"
+        shaped = [f"{option}: {meaning}; {compared}" for option, meaning in refusals.shaped_rewards(self.verl_config)]
+        weight = "WARNING" if gate.metric is None else "note"
+        lines += [f"  {weight}: {text}" for text in shaped if self.method.when not in ("never", "always")]
         if self.method.name == "gspo" and clip["clip_high"] > 0.01:
             lines.append("  note: GSPO's paper clips at 3e-4/4e-4; set actor.clip_ratio_low/high")
         for label, text in (("unverified", self.method.unverified), ("approximate", self.method.approximate)):
@@ -142,6 +146,7 @@ class Run:
                     f"value there, the first is row {nameless[0]}; name every question, or drop hpt.question_key (a "
                     "hash of source and prompt names them then)"
                 )
+        problems += _multi_modal(table, columns, self.verl_config.data)
         raise_all(problems, "the training data does not fit the settings:")
 
     def bind_tokenizer(self, tokenizer) -> None:
@@ -297,6 +302,27 @@ def _shown(value) -> str:
         return f"{value:g}"
     warmup = f" after {value.warmup} of warm-up" if value.warmup else ""
     return f"{value.start:g} → {value.end:g} ({value.shape}, {value.steps} steps{warmup})"
+
+
+def _multi_modal(table, columns: Sequence[str], data) -> Iterator[str]:
+    """Prompts with images, videos or sounds: in columns of their own, or as parts of the first prompt's messages."""
+    remedy = "multi-modal prompts are not supported yet. Leave such rows out, or train them with another adv_estimator"
+    for key, default in (("image_key", "images"), ("video_key", "videos"), ("audio_key", "audios")):
+        column = data.get(key) or default
+        if column in columns:
+            # The arrow column where there is one: a cell of `datasets` would be decoded into a picture.
+            cells = (cell.as_py() for cell in table.data.column(column)) if hasattr(table, "data") else table[column]
+            first = next((row for row, cell in enumerate(cells, start=1) if cell is not None and len(cell)), None)
+            if first is not None:
+                yield f"data.{key}={column!r}: row {first} of the training data has something there; {remedy}"
+    prompts = table[data.prompt_key] if data.prompt_key in columns and hasattr(table, "__len__") else ()
+    messages = plain(next(iter(prompts), None))
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, Mapping) else None
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, Mapping) and part.get("type") in ("image", "video", "audio"):
+                yield f"data.prompt_key={data.prompt_key!r}: row 1 of the training data has an {part['type']}; {remedy}"
+                return
 
 
 def context_length(actor_rollout_ref) -> int | None:
