@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from verl_hpt.data import answers, fields
 from verl_hpt.data.chats import calls_of, encodable, messages_of, tool_call
 from verl_hpt.data.fields import any_case, first
-from verl_hpt.data.read import Row, is_chat, unwrap_hint
+from verl_hpt.data.json_rows import is_chat, unwrap_hint
+from verl_hpt.data.rows import Row
 from verl_hpt.demos.demonstration import demonstrations, plain
 
 

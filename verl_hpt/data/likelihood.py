@@ -8,8 +8,9 @@ from pathlib import Path
 import pyarrow as pa
 from tqdm import tqdm
 
-from verl_hpt.data.read import BadRow, file_kind, first_line, open_parquet
+from verl_hpt.data.read import file_kind, open_parquet
 from verl_hpt.data.render import Renderer, renderer
+from verl_hpt.data.rows import BadRow, first_line
 from verl_hpt.data.write import Writer
 from verl_hpt.demos.demonstration import REASONS, Demonstration, Unusable, demonstrations, plain
 from verl_hpt.demos.read import read

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from verl_hpt.data.read import Row, first_line
+from verl_hpt.data.rows import Row, first_line
 from verl_hpt.errors import UserError
 
 _GROUP_BYTES, _GROUP_ROWS = 8 * 2**20, 20_000
