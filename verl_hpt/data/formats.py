@@ -153,8 +153,9 @@ def _beside(values: dict, layout: Layout) -> dict[str, Any]:
 def _chat_after(values: dict, prompt: str) -> str | None:
     """The chat that goes on with the prompt's messages."""
     start = plain(values.get(prompt))
-    chats = (name for name in values if name.lower() in fields.CHATS) if isinstance(start, list) and start else ()
-    return next((name for name in chats if plain(values[name]) and plain(values[name])[: len(start)] == start), None)
+    chats = (name for name in values if name.lower() in fields.CHATS and is_chat(plain(values[name])))
+    starts = isinstance(start, list) and start
+    return next((name for name in chats if starts and plain(values[name])[: len(start)] == start), None)
 
 
 def _is_demonstration(values: dict, truth: str | None, no_answer: bool) -> bool:
