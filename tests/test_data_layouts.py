@@ -295,6 +295,9 @@ def test_names_in_a_message_are_few_and_examples_differ(tmp_path, capsys):
     row = {f"field {i} {'x' * 100}": i for i in range(500)}
     status, _, _, err = said(tmp_path, capsys, [row])
     assert status == 2 and "and 480 more" in err and len(err) < 3000
+    wide = {f"field {i}": i for i in range(1000)}
+    status, _, _, err = said(tmp_path, capsys, [{**GSM8K[0], "r": wide}, {**GSM8K[0], "r": "x"}])
+    assert status == 2 and "row 2: field `r`: fits no one type" in err and len(err) < 2000
     rows = [{"question": f"{i}?", "answer": None} for i in range(50)]
     status, _, out, _ = said(tmp_path, capsys, [*GSM8K, *rows], "--skip-bad")
     assert status == 0 and out.count("for example") == 1

@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from verl_hpt.data.chats import encodable
-from verl_hpt.data.read import Row
+from verl_hpt.data.rows import Row
 from verl_hpt.demos.demonstration import plain
 from verl_hpt.reward import last_boxed, unboxed
 

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from verl_hpt.data.fields import CHATS, PROMPTS
-from verl_hpt.data.read import Row
+from verl_hpt.data.rows import Row
 from verl_hpt.demos.demonstration import plain
 
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}

@@ -27,9 +27,10 @@ from verl_hpt.data.fields import JSON_FIELDS
 from verl_hpt.data.formats import Layout, detect, left_out
 from verl_hpt.data.grade import Grade, default_notes, load_reward
 from verl_hpt.data.questions import Questions, check_form
-from verl_hpt.data.read import BadRow, Row, count_rows, file_kind, read_rows
+from verl_hpt.data.read import count_rows, file_kind, read_rows
 from verl_hpt.data.render import Renderer, difference, renderer
 from verl_hpt.data.report import Result
+from verl_hpt.data.rows import BadRow, Row
 from verl_hpt.demos.demonstration import COLUMNS, Demonstration, Unusable, message_text, plain
 from verl_hpt.demos.read import read
 from verl_hpt.errors import UserError

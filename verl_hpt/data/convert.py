@@ -26,7 +26,8 @@ from verl_hpt.data.fields import JSON_FIELDS, OPTIONS, wrongly_graded
 from verl_hpt.data.formats import FORMATS, Layout, detect, left_out, read
 from verl_hpt.data.grade import Grade, load_reward
 from verl_hpt.data.questions import question_text
-from verl_hpt.data.read import BadRow, Row, Skip, count_rows, listed, read_rows, stop
+from verl_hpt.data.read import count_rows, read_rows
+from verl_hpt.data.rows import BadRow, Row, Skip, listed, stop
 from verl_hpt.data.write import Writer, groups, schema_of
 from verl_hpt.demos.demonstration import plain
 from verl_hpt.demos.select import stable_hash

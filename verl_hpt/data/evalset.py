@@ -6,7 +6,8 @@ from pathlib import Path
 from verl_hpt.data.convert import Options, to_verl
 from verl_hpt.data.fields import OPTIONS
 from verl_hpt.data.formats import detect
-from verl_hpt.data.read import BadRow, read_rows
+from verl_hpt.data.read import read_rows
+from verl_hpt.data.rows import BadRow
 from verl_hpt.data.write import Writer, schema_of
 from verl_hpt.errors import UserError
 

@@ -6,7 +6,7 @@ All names are in lower case and hold in any letter case. Of several the first th
 import re
 from typing import Any, NamedTuple
 
-from verl_hpt.data.read import Row
+from verl_hpt.data.rows import Row
 
 PROMPTS = ("prompt", "question", "problem", "query", "instruction", "input", "question_stem")
 CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from verl_hpt.data import answers, fields
 from verl_hpt.data.chats import calls_of, encodable, messages_of, tool_call
 from verl_hpt.data.fields import any_case, first
-from verl_hpt.data.read import Row, is_chat, unwrap_hint
+from verl_hpt.data.json_rows import is_chat, unwrap_hint
+from verl_hpt.data.rows import Row
 from verl_hpt.demos.demonstration import demonstrations, plain
 
 
@@ -152,8 +153,9 @@ def _beside(values: dict, layout: Layout) -> dict[str, Any]:
 def _chat_after(values: dict, prompt: str) -> str | None:
     """The chat that goes on with the prompt's messages."""
     start = plain(values.get(prompt))
-    chats = (name for name in values if name.lower() in fields.CHATS) if isinstance(start, list) and start else ()
-    return next((name for name in chats if plain(values[name]) and plain(values[name])[: len(start)] == start), None)
+    chats = (name for name in values if name.lower() in fields.CHATS and is_chat(plain(values[name])))
+    starts = isinstance(start, list) and start
+    return next((name for name in chats if starts and plain(values[name])[: len(start)] == start), None)
 
 
 def _is_demonstration(values: dict, truth: str | None, no_answer: bool) -> bool:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pyarrow as pa
 from tqdm import tqdm
 
-from verl_hpt.data.read import BadRow, file_kind, first_line, open_parquet
+from verl_hpt.data.read import file_kind, open_parquet
 from verl_hpt.data.render import Renderer, renderer
+from verl_hpt.data.rows import BadRow, first_line, listed
 from verl_hpt.data.write import Writer
 from verl_hpt.demos.demonstration import REASONS, Demonstration, Unusable, demonstrations, plain
 from verl_hpt.demos.read import read
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     names = source.schema_arrow.names
     for option, column in (("--prompt-key", args.prompt_key), ("--demo-key", args.demo_key)):
         if column not in names:
-            raise UserError(f"{args.file}: no column `{column}` ({option}); it has {', '.join(names)}")
+            raise UserError(f"{args.file}: no column `{column}` ({option}); it has {listed(names)}")
     if not args.column:
         raise UserError("--column must have a name")
     if args.column in names:

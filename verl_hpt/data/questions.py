@@ -7,8 +7,9 @@ from typing import Any
 
 from verl_hpt.data.chats import encodable, opened
 from verl_hpt.data.formats import Layout, detect, read
-from verl_hpt.data.read import Row, read_rows
+from verl_hpt.data.read import read_rows
 from verl_hpt.data.report import Result
+from verl_hpt.data.rows import Row
 from verl_hpt.demos.demonstration import plain
 from verl_hpt.demos.select import stable_hash
 

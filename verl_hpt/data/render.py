@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from verl_hpt.data.read import first_line
+from verl_hpt.data.rows import first_line
 from verl_hpt.demos.demonstration import Demonstration, Unusable
 from verl_hpt.demos.encode import end_of_answers
 from verl_hpt.errors import UserError

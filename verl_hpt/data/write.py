@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from verl_hpt.data.read import Row, first_line
+from verl_hpt.data.rows import Row, first_line
 from verl_hpt.errors import UserError
 
 _GROUP_BYTES, _GROUP_ROWS = 8 * 2**20, 20_000
@@ -98,6 +98,12 @@ def _writable(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
+def _short(kind: pa.DataType) -> str:
+    """The type for a message: one of objects may have hundreds of names."""
+    text = str(kind)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
 def misfit(value: Any, kind: pa.DataType, path: str = "") -> tuple[str, str] | None:
     """(path, problem) of the first part of a value that the type would drop, change or refuse; None: there is none."""
     try:
@@ -105,22 +111,21 @@ def misfit(value: Any, kind: pa.DataType, path: str = "") -> tuple[str, str] | N
         written = pa.array([value], kind)[0].as_py()
         if _same(value, written):
             return None
-        problem = f"{value!r:.80} would become {written!r:.80}: its column is {kind}"
+        problem = f"{value!r:.80} would become {written!r:.80}: its column is {_short(kind)}"
     except OverflowError:
         problem = f"is an integer beyond 64 bits, got {value!r:.80}"
     except UnicodeEncodeError as error:
         problem = f"character {error.start} is half of a surrogate pair"
     except _ERRORS as error:
-        problem = (
-            f"fits no one type with the rows before it, which have {kind}, got {value!r:.80} ({first_line(error)})"
-        )
+        rest = f"which have {_short(kind)}, got {value!r:.80} ({first_line(error)})"
+        problem = f"fits no one type with the rows before it, {rest}"
         problem = "is always an empty object, which parquet cannot hold" if value in ({}, [{}]) else problem
     parts = []
     if isinstance(value, dict) and pa.types.is_struct(kind):
         kinds = {field.name: field.type for field in kind}
         parts = [(value[key], kinds[key], f"{path}.{key}") for key in value if key in kinds]
         for key in value.keys() - kinds.keys():
-            path, problem = f"{path}.{key}", f"would be dropped, its column is {kind}"[:300]
+            path, problem = f"{path}.{key}", f"would be dropped, its column is {_short(kind)}"
     elif isinstance(value, list) and pa.types.is_list(kind):
         parts = [(item, kind.value_type, path) for item in value]
     return next(filter(None, (misfit(*part) for part in parts)), (path, problem))

@@ -1,0 +1,50 @@
+"""Any values under the known names: a row is converted or refused, never a traceback, nothing lost without a word."""
+
+import json
+import random
+
+import pyarrow.parquet as pq
+import pytest
+
+from verl_hpt.data import fields
+from verl_hpt.data.commands import main
+
+CHAT = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "So \\boxed{1}."}]
+CALL = {"name": "f", "arguments": {"a": 1}}
+VALUES = [
+    *(None, "", " ", "a?", "So \\boxed{1}.", "1\n#### 2", "#### ", "[]", "{}", "[1]", 0, 1, 2.5, True, False, [], {}),
+    *([None], ["x", "y"], [1, 2], ["a) x", "b) y"], [["a", "b"]], [[]], {"a": 1}, {"A": "x", "B": "y"}),
+    *(CHAT, CHAT[:1], CHAT[1:], [CHAT, CHAT], {"messages": CHAT}, json.dumps(CHAT), {"from": "gpt", "value": "x"}),
+    *([{"content": "x"}], [{"role": "user"}], [{"from": "gpt"}], [{"name": "f"}], [CALL], json.dumps([CALL])),
+    *({"text": ["x"], "label": ["A"]}, {"text": ["x"], "label": []}, [{"label": "A", "text": None}]),
+    [{"role": "user", "content": [{"type": "text", "value": "x"}]}],
+    [{"role": "user", "content": [{"type": "image"}]}],
+]
+NAMES = sorted({*fields.NEEDED, *fields.JSON_FIELDS, *fields.GRADES, *fields.LABELS, "system", "answer", "answerKey"})
+NAMES += ["reward_model", "extra_info", "data_source", "ability", "gt", "correct", "label", "ground_truth", "Question"]
+ASKED = ["prompt", "question", "messages", "instruction", "query", "chosen"]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_known_names_with_any_values(tmp_path, capsys, seed):
+    draw = random.Random(seed)
+    path, out, written = tmp_path / "in.jsonl", tmp_path / "out.parquet", 0
+    for _ in range(80):
+        names = [draw.choice(ASKED), *draw.sample(NAMES, draw.randrange(1, 5))]
+        rows = [{name: draw.choice(VALUES) for name in names if draw.random() < 0.9} for _ in range(3)]
+        rows = [{**row, names[0]: draw.choice(["a?", "b?", CHAT, CHAT[:1]])} for row in rows[: draw.randrange(1, 4)]]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        out.unlink(missing_ok=True)
+        options = draw.choice([[], ["--no-answer"], ["--no-answer", "--skip-bad"], ["--best-of-graded", "--skip-bad"]])
+        status = main(["convert", str(path), str(out), *options])
+        printed = capsys.readouterr()
+        assert status in (0, 2) and "Traceback" not in printed.err and len(printed.out + printed.err) < 10_000
+        if status == 2:
+            assert not out.exists() and (f"{path}: " in printed.err or "no row" in printed.err)
+            continue
+        written += 1
+        for made in pq.read_table(out).to_pylist():
+            assert made["prompt"][-1]["role"] != "assistant" and made["reward_model"]["ground_truth"] is not None
+        assert main(["check", str(path), "--reward", "none"]) in (0, 1, 2)
+        assert "Traceback" not in capsys.readouterr().err
+    assert written > 3
