@@ -1,5 +1,6 @@
 """`verl-hpt check-run`: commands and launch scripts as users have them, composed with verl's real config, never run."""
 
+import json
 import os
 import shlex
 import sys
@@ -469,6 +470,29 @@ def test_what_is_wrong_with_the_files_is_harm(run_of):
     Path("train.jsonl").write_text("no json\n")
     status, printed = run_of("data.val_files=null", "data.train_files=train.jsonl")
     assert status == 1 and "train.jsonl" in printed
+
+
+def test_training_files_of_json_lines_are_looked_into_too(run_of):
+    run_of("data.val_files=null")
+    rows = pq.read_table("train.parquet").to_pylist()
+    Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, printed = run_of("data.val_files=null", "data.train_files=train.jsonl", "++hpt.demo.source=author")
+    assert (
+        status == 1 and "hpt.demo.source='author': the training data has no such column; it has data_source" in printed
+    )
+    per_source = "++hpt.per_source={maths:{gate:{threshold:0.5}}}"
+    status, printed = run_of("data.val_files=null", "data.train_files=train.jsonl", per_source)
+    assert status == 1 and "no row of the training data has this data_source; it has sums" in printed
+
+
+def test_without_a_reward_of_its_own_a_run_is_graded_as_verl_would(run_of):
+    """verl's default scorer knows GSM8K's source, and raises for one that it does not know."""
+    own = ("data.val_files=null", "reward.custom_reward_function.path=null")
+    worked = {"data_source": ["openai/gsm8k"] * 4, "target": [f"Adding.\n#### {2 * i}" for i in range(4)]}
+    status, printed = run_of(*own, **worked)
+    assert status == 0 and "openai/gsm8k: mean 1.0000 over 4, not solved 0" in printed, printed
+    status, printed = run_of(*own)
+    assert status == 1 and "HARM: the reward function fails" in printed and "sums" in printed, printed
 
 
 def test_the_settings_of_the_run_reach_the_check_of_its_files(run_of):

@@ -14,7 +14,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_hpt.data import check, report
 from verl_hpt.data.commands import add_check
-from verl_hpt.data.grade import load_reward
 from verl_hpt.data.read import BadRow, count_rows, file_kind, read_rows
 from verl_hpt.errors import UserError
 from verl_hpt.host.run import Run
@@ -34,7 +33,7 @@ class Table:
     def _names(self, file: str) -> list[str]:
         if file_kind(file) == "parquet":
             return pq.ParquetFile(file).schema_arrow.names
-        return list(next((row for _, row in read_rows(file)), {}))
+        return list(next((row.values for row in read_rows(file)), {}))
 
     def __getitem__(self, name: str) -> Iterator:
         for file in self.files:
@@ -42,7 +41,7 @@ class Table:
                 for batch in pq.ParquetFile(file).iter_batches(columns=[name]):
                     yield from batch.column(0).to_pylist()
             else:
-                yield from (row.get(name) for _, row in read_rows(file))
+                yield from (row.values.get(name) for row in read_rows(file))
 
     def __len__(self) -> int:
         return sum(count_rows(file) or sum(1 for _ in read_rows(file)) for file in self.files)
@@ -155,9 +154,4 @@ def _reward(config: DictConfig, options: argparse.Namespace) -> tuple[str, dict,
         return f"{own.path}:{own.name}", kwargs, notes
     if config.reward.reward_model.enable:
         return "none", {}, ["reward.reward_model.enable=True: a model scores, so nothing was graded here"]
-    try:
-        load_reward("verl", {})  # verl's own scorer by data source: the run's, where no function is named
-    except UserError:
-        note = "no reward.custom_reward_function: verl's own scorer grades by data source; it was not tried here"
-        return "none", {}, [*notes, f"{note} (--reward shipped grades with verl-hpt's)"]
-    return "verl", {}, notes
+    return "verl", {}, notes  # verl's own scorer by data source
