@@ -88,6 +88,19 @@ def test_a_field_in_an_object_is_named_dropped_and_written_as_text_by_its_path(t
     assert [row["prompt"][0]["weight"] for row in made] == ["1", "x"] and made[0]["s.t"] == 1
 
 
+@pytest.mark.parametrize("name", ["responses", "output", "validate", "rm_scores"])
+def test_a_field_whose_name_verl_needs_is_refused_and_can_be_dropped(tmp_path, capsys, name):
+    """verl's agent loop would fail, or take the column for what it sampled; `--skip-bad` would leave every row out."""
+    rows = [asked(target="2", **{name: value}) for value in (None, "x")]
+    for options in ((), ("--skip-bad",)):
+        status, made, _, err = said(tmp_path, capsys, rows, *options)
+        assert status == 2 and made is None
+        assert f"in.jsonl: field `{name}`: verl's rows or its agent loop have a field of that name" in err
+        assert f"--drop {name} leaves it out" in err
+    status, made, *_ = said(tmp_path, capsys, rows, "--drop", name)
+    assert status == 0 and len(made) == 2 and name not in made[0]
+
+
 def test_a_field_that_no_row_has_cannot_be_dropped_or_written_as_text(tmp_path, capsys):
     for option in ("--drop", "--as-text"):
         for name in ("nope", "question.nope", "r.nope"):
