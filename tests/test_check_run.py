@@ -242,6 +242,7 @@ def test_help_and_wrong_options_have_no_traceback(check, capfd):
          ["algorithm.rollout_correction.rollout_is=token", "weighs the rollouts' terms", "the gate still counts"]),
         ([HPT, "actor_rollout_ref.model.lora_rank=8"], ["actor_rollout_ref.model.lora_rank=8", "LoRA has been read"]),
         ([HPT, "trainer.v1.trainer_mode=colocate_async"], ["trainer.v1.trainer_mode=colocate_async", "not run by us"]),
+        ([HPT, f"{ROLLOUT}.n=1"], [f"{ROLLOUT}.n=1", "one alone has its raw reward for Â, as in verl"]),
         ([HPT, f"{ROLLOUT}.multi_turn.enable=True"], [f"{ROLLOUT}.multi_turn.enable=True", "a text is one turn"]),
         ([HPT, "reward.reward_model.enable=True", "reward.reward_model.rollout.name=vllm"],
          ["WARNING: reward.reward_model.enable=True", "the gate compares score with 1"]),
@@ -264,7 +265,6 @@ def test_verls_defaults_are_not_listed(check):
 @pytest.mark.parametrize(
     ("override", "message", "remedy"),
     [
-        (f"{ROLLOUT}.n=1", f"{ROLLOUT}.n=1: Â of hpt compares a question's rollouts", f"{ROLLOUT}.n=8"),
         ("trainer.critic_warmup=20", "trainer.critic_warmup=20: there is no critic", "trainer.critic_warmup=0"),
         ("custom_reward_function.path=r.py", "custom_reward_function.path=r.py: verl 0.9 reads "
          "reward.custom_reward_function.path and not this", "reward.custom_reward_function.path=r.py"),
@@ -379,7 +379,7 @@ def test_every_training_of_a_script_is_checked_in_its_folder_and_environment(che
 
 
 def test_the_worst_of_several_trainings_is_the_status(check, tmp_path):
-    text = f"{LAUNCH} {HPT} {ROLLOUT}.n=1\n{LAUNCH} {HPT} data.train_batch_size=3\n{LAUNCH} {HPT}\n"
+    text = f"{LAUNCH} {HPT} trainer.critic_warmup=20\n{LAUNCH} {HPT} data.train_batch_size=3\n{LAUNCH} {HPT}\n"
     assert check("bash", script(tmp_path, text))[0] == 2
 
 

@@ -103,15 +103,10 @@ def changes(config: DictConfig, base: DictConfig, run: Run, estimator: str) -> I
     if warmup and not wants(config)["has_critic"]:
         waits = "there is no critic, and for so many steps the actor is not trained: set it to 0"
         yield Change(f"trainer.critic_warmup={warmup}", waits, True)
-    n = on("actor_rollout_ref.rollout.n")
     compared = trains_rollouts and method.rollouts.advantage.over_group is not None
-    if n == 1 and compared and method.place != "group":
-        yield Change(
-            "actor_rollout_ref.rollout.n=1",
-            f"Â of {method.name} compares a question's rollouts, and one alone has Â = 0: no rollout teaches anything; "
-            "set it to 8",
-            True,
-        )
+    if on("actor_rollout_ref.rollout.n") == 1 and compared:
+        meaning = f"Â of {method.name} compares a question's rollouts: one alone has its raw reward for Â, as in verl"
+        yield Change("actor_rollout_ref.rollout.n=1", meaning)
     yield from _legacy(config)
 
 
