@@ -3,6 +3,8 @@
 import pytest
 from test_refusals import ACTOR, refused, start
 
+from verl_hpt.gate import DEMO, GATES, RL
+
 # --- the clip range, as verl reads it --------------------------------------------------------------------------------
 
 
@@ -102,3 +104,9 @@ def test_the_banner_shows_schedules(capsys):
     )
     assert "λ = 0.9 → 0.05 (cosine, 200 steps after 10 of warm-up)" in shown
     assert "solved ≤ 1 → 0 (step, 30 steps)·n" in shown
+
+
+def test_the_banner_names_the_arguments_of_a_users_gate(capsys, monkeypatch):
+    monkeypatch.setitem(GATES, "rarely", lambda outcome, at_most=0, share=1.0: RL if outcome.solved > at_most else DEMO)
+    text = banner(capsys, "++hpt.gate.function=rarely", "++hpt.gate.kwargs={at_most: 1, share: 0.5}")
+    assert "where rarely(at_most=1, share=0.5) (score ≥ 1.0" in text

@@ -69,7 +69,8 @@ class Run:
         actor, gate = self.verl_config.actor_rollout_ref.actor, self.settings.gate
         switch = f"solved ≤ {gate.count}" if gate.count is not None else f"solved ≤ {_shown(gate.threshold)}·n"
         if gate.function is not None:
-            switch = gate.function
+            arguments = ", ".join(f"{name}={value}" for name, value in gate.kwargs.items())
+            switch = f"{gate.function}({arguments})" if arguments else gate.function
         algorithm = self.verl_config.algorithm
         reached = "score" if gate.metric is None else gate.metric
         finished = " and not cut at the length limit" if gate.finished else ""
