@@ -311,7 +311,7 @@ class Plain:
 
 
 def test_a_value_is_of_its_type_and_nothing_else():
-    edges = {"switch": True, "count": 3, "name": "", "number": sys.float_info.max}
+    edges = {"switch": True, "count": 3, "name": "b", "number": sys.float_info.max}
     assert read(Plain, edges, "a") == (Plain(**edges), [])
     assert type(read(Plain, {"number": 1}, "a")[0].number) is float, "a whole number is a number"
     for key, value, what in (
@@ -319,6 +319,7 @@ def test_a_value_is_of_its_type_and_nothing_else():
         ("switch", "true", "true or false, got str"),
         ("count", True, "a whole number, got bool"),
         ("name", 1, "text, got int"),
+        ("name", "", "text, and not empty"),
         ("number", True, "a number, got bool"),
         ("number", "1", "a number, got str"),
         ("number", -math.inf, "a number, and finite"),
@@ -337,3 +338,20 @@ def test_numbers_at_the_edge_are_taken():
     assert load({"gate": {"threshold": {"start": 1, "end": 0, "steps": 1}}}).gate.at(1).threshold == 0.0
     assert load({"rl_length_scale": 1e-3}).rl_length_scale == 1e-3
     assert load({"gate": {"soft": [[0, 0, 1], [1, 0, 0]]}}).gate.soft == [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        {"question_key": ""},
+        {"gate": {"metric": ""}},
+        {"gate": {"function": ""}},
+        {"demo": {"key": ""}},
+        {"demo": {"source": ""}},
+        {"per_source": {"a": {"gate": {"metric": ""}}}},
+    ],
+    ids=str,
+)
+def test_no_name_is_empty(node):
+    with pytest.raises(UserError, match="='': must be (null or )?text, and not empty"):
+        load(node)

@@ -40,7 +40,7 @@ WRONG_KEY = ("unexpected_keyword_argument", "extra_forbidden", "invalid_key")  #
 def checked(cls: type) -> type:
     """A frozen dataclass that ``read`` makes from a mapping. "1" is no 1, True is no 1, unknown keys are errors."""
     cls = dataclass(frozen=True)(cls)
-    cls.__pydantic_config__ = {"strict": True, "extra": "forbid", "allow_inf_nan": False}
+    cls.__pydantic_config__ = {"strict": True, "extra": "forbid", "allow_inf_nan": False, "str_min_length": 1}
     # Strict would take instances alone; a mapping is what a config has.
     cls.__get_pydantic_core_schema__ = classmethod(lambda cls, source, handler: {**handler(source), "strict": False})
     return cls
@@ -160,6 +160,8 @@ def _sentences(errors: list[dict], schema: dict, root: str) -> Iterator[str]:
 def _must(kind: str, value: Any, schema: dict) -> str:
     if kind == "finite_number" or (kind == "float_type" and type(value) is int):  # an int beyond every float
         return f"{describe(schema)}, and finite"
+    if kind == "string_too_short":
+        return f"{describe(schema)}, and not empty"
     if kind == "literal_error":
         return describe(schema) + nearest(value, [name for member in _members(schema) for name in member["enum"]])
     if kind.endswith("_type"):
