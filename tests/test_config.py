@@ -353,5 +353,5 @@ def test_numbers_at_the_edge_are_taken():
     ids=str,
 )
 def test_no_name_is_empty(node):
-    with pytest.raises(UserError, match="='': must be (null or )?text, and not empty"):
+    with pytest.raises(UserError, match=r"='': must be (null or )?text, and not empty"):
         load(node)
