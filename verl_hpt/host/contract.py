@@ -80,7 +80,7 @@ LEANED_ON = (
     ("verl.workers.utils.padding:no_padding_2_padding", ("tensor", "data"), (), "loss_fn: (rows, response_len)"),
     ("verl.utils.metric:Metric", ("aggregation", "value"), (), "loss_fn: metrics that are sums"),
     ("verl.utils.metric:AggregationType", (), ("SUM =",), "loss_fn: metrics that are sums"),
-    ("verl.workers.config.actor:RouterReplayConfig", ("mode",), (), "refusals: demonstrations have no routes"),
+    ("verl.workers.config.engine:EngineRouterReplayConfig", ("mode",), (), "refusals: demonstrations have no routes"),
     # TransferQueue
     ("verl.utils.transferqueue_utils:kv_batch_meta2batch_meta", ("meta",), (), "trainer: which fields rows have"),
     ("transfer_queue:BatchMeta", ("field_schema",), ("def field_names",), "trainer: which fields rows have"),
