@@ -20,7 +20,7 @@ from typing import Annotated, Any, ClassVar, get_type_hints
 import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from verl_hpt.config import Settings
+from verl_hpt.config import Settings, gates
 from verl_hpt.demos.demonstration import Demonstration, plain
 from verl_hpt.errors import UserError
 from verl_hpt.gate import NEVER_DRAWN, Remembered
@@ -48,10 +48,11 @@ def identity(row: Mapping, question_key: str | None = None, prompt_key: str = "r
     """
     column = prompt_key if question_key is None else question_key
     value = plain(row.get(column))
-    if not names_question(value) and question_key is None:
-        raise UserError(f"its column {column!r} names no question; set {KEY} to a column that does")
     if not names_question(value):
-        raise UserError(f"its column {column!r} ({KEY}) names no question; fill it in, or drop {KEY}")
+        column, remedy = f"{column!r} ({KEY})", f"fill it in, or drop {KEY}"
+        if question_key is None:
+            column, remedy = repr(prompt_key), f"set {KEY} to a column that does"
+        raise UserError(f"its column {column} names no question; {remedy}")
     if question_key is not None:
         return str(value).encode(errors="backslashreplace").decode()
     source = str(plain(row.get("data_source")) or "")
@@ -277,9 +278,8 @@ UNKNOWN = Past()
 def meaning(settings: Settings) -> dict[str, Any]:
     """The settings that say what a history's questions and numbers are: by what a question is named, and what counts as
     solved under each gate."""
-    gates = {"hpt.gate": settings.gate} | {f"hpt.per_source.{s}.gate": o.gate for s, o in settings.per_source.items()}
     names = ("success", "finished", "metric")
-    solved = {f"{place}.{name}": getattr(gate, name) for place, gate in gates.items() for name in names}
+    solved = {f"{place}.{name}": getattr(gate, name) for place, gate in gates(settings).items() for name in names}
     return {KEY: settings.question_key, **solved}
 
 
@@ -355,8 +355,7 @@ class Lifecycle:
         self.history.tokens_saved += saved
         return {
             **{f"hpt/history/{name}": float(n) for name, n in self.history.totals().items()},
-            "hpt/history/retired": float(counts["history/retired"]),
-            "hpt/history/cooling": float(counts["history/cooling"]),
+            **{f"hpt/history/{name}": float(counts[f"history/{name}"]) for name in ("retired", "cooling")},
             "hpt/history/early_gated": float((skipped > 0).sum()),
             "hpt/history/tokens_sampled": float(sum(question.lengths.sum() for question in questions)),
             "hpt/history/tokens_saved": saved,
