@@ -388,3 +388,25 @@ def test_tidying_is_done_once_for_all_and_leaves_what_it_does_not_know():
         assert reward_worker.tidy(text) == text
     for text in ("12 cm^2", "1\\,000", "90°", "5 million dollars", "50 percent", "6~cm.", "no solution", "\\frac\\pi2"):
         assert reward_worker.tidy(reward_worker.tidy(text)) == reward_worker.tidy(text)
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["thirds", "thousandths", "wrong", "tenths", "fifths", "gross", "score", "negative", "inverse", "dozen", "squared"],
+)
+def test_a_word_that_changes_a_number_is_no_unit(word):
+    assert boxed(f"12 {word}", "12") == 0.0
+    assert score(f"#### 12 {word}", "12", "openai/gsm8k") == 0.0
+
+
+def test_large_numbers_behind_the_marks_have_their_scale():
+    assert score("#### 6 trillion", "6", "openai/gsm8k") == 0.0
+    assert score("#### 6 trillion", "6000000000000", "openai/gsm8k") == 1.0
+
+
+@pytest.mark.parametrize("hedged", ["A maybe B", "A could be B", "A. 5 or B. 6", "A, perhaps (C)"])
+def test_a_letter_with_another_in_doubt_is_a_hedge(hedged):
+    assert (
+        boxed(hedged, "A", "gpqa") == 0.0
+        and boxed("A. 5", "A", "gpqa") == boxed("(A) to be or not", "A", "gpqa") == 1.0
+    )

@@ -53,13 +53,14 @@ def _refuse_other_trainers(ray_trainer):
     base = ray_trainer.RayPPOTrainer
 
     def new(cls, *args, **kwargs):
-        config = kwargs["config"] if "config" in kwargs else next(iter(args), None)
-        if config is not None and config.algorithm.adv_estimator == "hpt":
-            from verl_hpt.errors import UserError
-            from verl_hpt.host.advantage import OTHER_TRAINER
+        for config in (*args, *kwargs.values()):
+            if getattr(getattr(config, "algorithm", None), "adv_estimator", None) == "hpt":
+                from verl_hpt.errors import UserError
+                from verl_hpt.host.advantage import OTHER_TRAINER
 
-            raise UserError(f"{cls.__name__}: {OTHER_TRAINER}")
-        return super(base, cls).__new__(cls)
+                raise UserError(f"{cls.__name__}: {OTHER_TRAINER}")
+        make = super(base, cls).__new__
+        return make(cls) if make is object.__new__ else make(cls, *args, **kwargs)
 
     base.__new__ = new
 

@@ -53,10 +53,11 @@ _NUMBER = re.compile(
     r"(?P<exponent>[eE][-+]?\d{1,3})?"  # bounded: the number is written out
     r")\s*(?P<unit>\D*)"
 )
-_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
+_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 # What may follow a number without being a unit: another operand, a variable, a constant.
 _NO_UNIT = re.compile(
-    r"(?i)(?:or|and|to|out|plus|minus|(?:ten|hundred|thousand)ths?|[xyz]+|pi|π)(?![^\W_])|[abeiknqr]$|.*[+*=<>^\\?×÷·≤≥≠~|]"
+    r"(?i)(?:or|and|to|out|plus|minus|(?:thi|four|fif|six|seven|eigh|nin|ten|hundred|thousand|million)(?:r?d|th)s?"
+    r"|squared|cubed|divided|dozens?|gross|scores?|wrong|negative|inverse|[xyz]+|pi|π)(?![^\W_])|[abeiknqr]$|.*[+*=<>^\\?×÷·≤≥≠~|]"
 )
 _PLAIN = (  # what stands around a number, and the same in plain text
     (re.compile(r"\\(?:text|mathrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}"), r" \1 "),
@@ -73,7 +74,10 @@ _PLAIN = (  # what stands around a number, and the same in plain text
 _LETTER = re.compile(r"\(?([A-Z])\)?\.?")
 _CHOICE = re.compile(r"\(?([A-Z])(?:\)?[.:)]|(?=\s+[^\W_])|$)(.*)", re.DOTALL)
 # Behind a letter: a joint, another letter in brackets, or letters alone.
-_HEDGE = re.compile(r"(?s)\W*(?:or|and|nor)\b|\s*[,;/&]|.*(?:^|[\s,;/&])\(?[A-J]\)|(?:\W*\b[A-J]\b)+\W*$")
+_HEDGE = re.compile(
+    r"(?s)\W*(?:or|and|nor)\b|.*\b(?:or|maybe|perhaps|possibly|be)\s+\(?[A-J]\b(?!')"
+    r"|\s*[,;/&]|.*(?:^|[\s,;/&])\(?[A-J]\)|(?:\W*\b[A-J]\b)+\W*$"
+)
 _CHOICES = re.compile(r"gpqa|mmlu|mcq|multiple.?choice|(?<![a-z])arc(?:[_-](?:c|e|easy|challenge))?(?![a-z_-])")
 
 

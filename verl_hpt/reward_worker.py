@@ -15,8 +15,10 @@ _PERCENT = re.compile(r"(?<=[\d}])\s*\\?%")
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _FONT = r"\\(?:text\w*|math(?:rm|bf|it|sf)|mbox|boldsymbol|bm)"
 _GREEK = r"\\(?:pi|theta|alpha|beta|gamma|delta|phi|omega|lambda|mu|sigma)"
+_PARTS = "third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth|millionth"
 _NO_UNIT = (  # words behind a number that change it
-    r"(?:and|or|plus|minus|times|over|mod|modulo|squared|cubed|factorial|half|halves|quarters?|dozen|percent|per|"
+    r"(?:and|or|plus|minus|times|over|mod|modulo|squared|cubed|factorial|half|halves|quarters?|dozens?|percent|per|"
+    rf"(?:{_PARTS})s?|gross|scores?|negative|inverse|wrong|incorrect|divided|choose|"
     r"pi|sqrt|infinity|sin|cos|tan|log|more|less|theta|alpha|beta|gamma|delta)\b"
 )
 # One spelling for another, of a truth as of an answer, in this order.

@@ -7,13 +7,14 @@ from typing import Any
 from verl_hpt.data.chats import encodable
 from verl_hpt.data.rows import Row
 from verl_hpt.demos.demonstration import plain
-from verl_hpt.reward import last_boxed, unboxed
+from verl_hpt.reward import boxed_answer, unboxed
 
 NEEDED = (
     "the reward needs one: --answer-key names its field, `data convert --skip-bad` leaves such rows out, "
     "`data convert --no-answer` writes an empty one (for a reward of your own)"
 )
 _SAID = re.compile(r"the (?:final )?answer is:\s*(\S.*?)\.?$", re.IGNORECASE)  # MetaMathQA's last line
+_COMMAS = re.compile(r"[^\d,(\[{]*\d{1,3}(?:,\d{3})+(?:\.\d+)?[^\d,)\]}]*")  # one number with commas, no list
 _LONGEST = 100  # characters of a solution that is nothing but its answer
 
 
@@ -33,12 +34,14 @@ def after_hashes(text: str) -> str:
     It is written without the commas in its numbers: verl's own scorer takes them out of what it reads.
     """
     _, hashes, answer = last_line(text).rpartition("####")
-    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", answer.strip()) if hashes else ""
+    if not hashes or not _COMMAS.fullmatch(answer.strip()):
+        return answer.strip() if hashes else ""
+    return answer.strip().replace(",", "")
 
 
 def final_answer(text: str) -> str:
     """What a worked text ends in: its last box, else what its last line has behind `####` or `The answer is:`."""
-    boxed = (last_boxed(text) or "").strip()
+    boxed = (boxed_answer(text) or "").strip()  # boxes side by side are one answer, as the grader has it
     if boxed:
         return boxed
     said = _SAID.search(last_line(text))

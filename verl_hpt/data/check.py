@@ -25,7 +25,7 @@ from verl_hpt.data.chats import opened
 from verl_hpt.data.convert import Options, to_verl
 from verl_hpt.data.fields import JSON_FIELDS
 from verl_hpt.data.formats import Layout, detect, left_out
-from verl_hpt.data.grade import Grade, default_notes, load_reward
+from verl_hpt.data.grade import NOT_RUN, Grade, default_notes, load_reward
 from verl_hpt.data.questions import Questions, check_form
 from verl_hpt.data.read import count_rows, file_kind, read_rows
 from verl_hpt.data.render import Renderer, difference, renderer
@@ -273,7 +273,10 @@ def _grade(checks: Check, demos: list[tuple[Row, Demonstration]], threads) -> No
         number, place = row.number, checks.place(demo)
         graded = result.rewards.setdefault(row.values["data_source"], [0, 0.0, 0])
         if score is None:
-            result.found("reward", number, place, problem)
+            if problem != NOT_RUN:
+                result.found("reward", number, place, problem)
+            elif (note := f"{row.values['data_source']}: not graded, {NOT_RUN}") not in result.notes:
+                result.notes.append(note)
             continue
         if failed:
             result.found("grading", number, place)

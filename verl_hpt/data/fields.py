@@ -93,10 +93,10 @@ def letter(options: Choices, answer: Any) -> str:
     text = str(answer).strip()
     if text in options.letters:
         return text
+    if isinstance(answer, int) and 0 <= answer < len(options.letters):  # MMLU's form, whatever the options say
+        return options.letters[answer]
     if text in options.texts:
         return options.letters[options.texts.index(text)]
-    if isinstance(answer, int) and 0 <= answer < len(options.letters):
-        return options.letters[answer]
     return text.upper() if len(text) == 1 else text
 
 

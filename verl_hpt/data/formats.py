@@ -135,10 +135,14 @@ def by_name(values: dict, keys: Layout, *needed: str) -> Layout | None:
     return replace(layout, **_beside(values, layout)) if all(getattr(layout, name) for name in needed) else None
 
 
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool | int) and value in (0, 1)
+
+
 def _beside(values: dict, layout: Layout) -> dict[str, Any]:
     """Where the rows have what a question needs beside its field."""
     names, taken = any_case(values), (layout.prompt, layout.demo, layout.truth)
-    label = next((names[name] for name in fields.LABELS if isinstance(values.get(names.get(name)), bool)), None)
+    label = next((names[name] for name in fields.LABELS if _is_flag(values.get(names.get(name)))), None)
     if str(layout.demo).lower() not in fields.LABELLED and str(layout.prompt).lower() not in fields.CHATS:
         label = None
     return {
@@ -348,7 +352,8 @@ def _demos(row: Row, layout: Layout, prompt: list[dict]) -> list[Any]:
 
 
 def _is_good(row: Row, layout: Layout) -> bool:
-    return row.values.get(layout.label) is not False
+    value = row.values.get(layout.label)
+    return not _is_flag(value) or bool(value)
 
 
 def _demo(row: Row, key: str, demo: Any, prompt: list[dict]) -> Any:

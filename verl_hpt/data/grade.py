@@ -14,6 +14,7 @@ from verl_hpt.data.advice import grader_overrides
 from verl_hpt.errors import UserError
 
 _RUN_CODE = ("codecontests", "apps", "codeforces", "taco")  # verl's scorer executes these answers
+NOT_RUN = "verl's default scorer would run the answer's code, and the check does not"
 Grade = Callable[[str, str, Any, dict], tuple[float | None, str, bool]]
 
 
@@ -35,6 +36,8 @@ def load_reward(reward: str | None, kwargs: dict) -> Grade | None:
         function = _function(path, name or "compute_score")
 
     def grade(source: str, text: str, truth: Any, info: dict) -> tuple[float | None, str, bool]:
+        if reward == "verl" and source in _RUN_CODE:
+            return None, NOT_RUN, False
         try:
             call = {"data_source": source, "solution_str": text, "ground_truth": truth, "extra_info": info, **kwargs}
             value = function(**call)
