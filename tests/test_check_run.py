@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
 
 import hydra
@@ -333,6 +334,12 @@ def test_a_scripts_own_python_and_path_do_not_get_round_the_stand_ins(check, tmp
         "export PATH=$PWD/venv/bin:$PATH PYTHONPATH=$PWD; python3",
         "exec $PWD/venv/bin/python",
         "unset PYTHONPATH; timeout 9 python3",
+        "export PYTHONPATH=$PWD; $PWD/venv/bin/python3",
+        "unset PYTHONPATH; $PWD/venv/bin/python3",
+        "export PATH=$PWD/venv/bin:$PATH PYTHONPATH=$PWD; nohup python3",
+        "export PATH=$PWD/venv/bin:$PATH; env -u PYTHONPATH python3",
+        "export PATH=$PWD/venv/bin:$PATH; python3 -E",
+        'set -euo pipefail; unset PYTHONPATH; f() { $PWD/venv/bin/python3 "$@"; }; f',
     ]
     for way in ways:
         run = script(tmp_path, f"{way} -m {MAIN} {shlex.join(USUAL)} {HPT}\n")
@@ -342,6 +349,14 @@ def test_a_scripts_own_python_and_path_do_not_get_round_the_stand_ins(check, tmp
     status, printed = check("bash", run)
     assert status == 0 and "not run:" in printed and "verl_like.py" in printed
     assert not marker.exists()
+
+
+def test_nothing_that_a_script_left_in_the_background_goes_on(check, tmp_path):
+    run = script(tmp_path, f"(while true; do date > alive; /bin/sleep 0.1; done) &\n{LAUNCH} {HPT}\n")
+    assert check("bash", run)[0] == 0
+    (tmp_path / "alive").unlink(missing_ok=True)
+    time.sleep(0.5)
+    assert not (tmp_path / "alive").exists()
 
 
 def test_inline_python_runs_and_other_programs_do_not(check, tmp_path):

@@ -6,7 +6,7 @@ import random
 import pyarrow.parquet as pq
 import pytest
 
-from verl_hpt.data import fields
+from verl_hpt.data import answers, fields
 from verl_hpt.data.commands import main
 
 CHAT = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "So \\boxed{1}."}]
@@ -48,3 +48,44 @@ def test_known_names_with_any_values(tmp_path, capsys, seed):
         assert main(["check", str(path), "--reward", "none"]) in (0, 1, 2)
         assert "Traceback" not in capsys.readouterr().err
     assert written > 3
+
+
+@pytest.mark.parametrize(
+    ("options", "answer", "letter"),
+    [
+        (["1", "2", "3", "4"], 2, "C"),  # an index, whatever the options say
+        (["4", "2", "6", "0"], 2, "C"),
+        (["4", "2", "6", "0"], "2", "B"),  # an option's text
+        (["4", "2", "6", "0"], 6, "C"),  # no index
+        (["x", "y"], "b", "B"),
+    ],
+)
+def test_an_expected_letter(options, answer, letter):
+    assert fields.letter(fields.Choices(list("ABCD")[: len(options)], options, ""), answer) == letter
+
+
+@pytest.mark.parametrize("label", [(True, False), (1, 0)])
+def test_what_is_labelled_bad_is_no_demonstration(tmp_path, label):
+    rows = [
+        {"prompt": "a?", "completion": f"So \\boxed{{{i}}}.", "label": x, "answer": "1"} for i, x in enumerate(label)
+    ]
+    file, out = tmp_path / "kto.jsonl", tmp_path / "out.parquet"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["convert", str(file), str(out)]) == 0
+    targets = [row["target"] for row in pq.read_table(out).to_pylist()]
+    assert targets[0] and not targets[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("So\n#### 1,080", "1080"),
+        ("So\n#### $1,234,567.50 dollars", "$1234567.50 dollars"),
+        ("So\n#### (1,234)", "(1,234)"),
+        ("So\n#### \\{100,200\\}", "\\{100,200\\}"),
+        ("It is \\boxed{3} or \\boxed{4}.", "3, 4"),
+        ("First \\boxed{3}. In the end, after all of this and more, it is \\boxed{4}.", "4"),
+    ],
+)
+def test_what_a_worked_text_ends_in(text, answer):
+    assert answers.final_answer(text) == answer

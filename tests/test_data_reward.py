@@ -1,5 +1,6 @@
 """`data check`: whose scorer a run would use, and what it makes of the file's demonstrations."""
 
+import json
 import shlex
 import sys
 
@@ -89,3 +90,20 @@ def test_rows_without_an_expected_answer_need_a_reward_of_ones_own(tmp_path, cap
 def test_an_override_is_what_was_meant(value):
     (given,) = shlex.split(override("data.train_files", value))
     assert compose(given).data.train_files == value
+
+
+def test_no_demonstrations_code_is_run_by_a_check(tmp_path, capsys):
+    """verl's scorer executes the answers of these data sources; the check says that it does not grade them."""
+    marker = tmp_path / "ran"
+    row = {
+        "data_source": "codecontests",
+        "prompt": [{"role": "user", "content": "Write it."}],
+        "reward_model": {"style": "rule", "ground_truth": '{"inputs": [""], "outputs": [""]}'},
+        "extra_info": {"index": 0},
+        "target": f"```python\nopen({str(marker)!r}, 'w')\n```",
+    }
+    file = tmp_path / "code.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    main(["check", str(file), "--reward", "verl"])
+    assert "codecontests: not graded, verl's default scorer would run the answer's code" in capsys.readouterr().out
+    assert not marker.exists()

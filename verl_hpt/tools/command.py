@@ -5,6 +5,7 @@ A script runs with stand-ins for Python and for launchers (`stand_in.py`), which
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -131,10 +132,10 @@ def _run(command: list[str], script: str, env: dict[str, str], limit: float) -> 
                     notes.append(f"{script} ended with status {status}")
             except subprocess.TimeoutExpired:
                 notes.append(f"{script} did not end within {limit:g} s and was stopped")
-            finally:
-                if process.poll() is None:
+            finally:  # what the script left in the background too
+                with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
+                process.wait()
         noted = [json.loads(line) for line in calls.read_text(encoding="utf-8").splitlines()]
         last = output.read_text(errors="replace").strip().splitlines()[-5:]
     found, others = [], []

@@ -2,7 +2,8 @@
 
 It is met in three ways, so that none is missed: as the program of that name that is first on PATH; as a bash function,
 which a script's own PATH cannot hide; and as the `sitecustomize` of any Python that starts by another way (an absolute
-path, a virtual environment, console scripts such as `torchrun`). Inline code (`python -c`, standard input) does run: a
+path, a virtual environment, console scripts such as `torchrun`). Before each command bash puts the stand-ins first on
+PATH and PYTHONPATH again, where the script has set them anew. Inline code (`python -c`, standard input) does run: a
 script reads what it prints. Standard library only, and of Python 3.8, since the script's Python may be another.
 """
 
@@ -18,6 +19,12 @@ LAUNCHERS = (
     "pip", "pip3", "apt-get", "git", "wget", "curl", "hf", "huggingface-cli", "verl-hpt", "sleep",
 )  # fmt: skip
 _WITH_VALUE = ("-W", "-X", "--check-hash-based-pycs")
+
+
+_LEAD = """set -o functrace
+trap 'case "$PATH" in "{bin}":*) ;; *) PATH="{bin}:$PATH" ;; esac
+case "${{PYTHONPATH-}}" in "{folder}"|"{folder}":*) ;; *) export PYTHONPATH="{folder}:${{PYTHONPATH-}}" ;; esac' DEBUG
+"""
 
 
 def runs_inline(arguments):
@@ -61,6 +68,7 @@ def install(folder, calls, python):
     with open(os.path.join(folder, "functions.sh"), "w", encoding="utf-8") as file:
         file.writelines([f'. "{startup}"\n'] if startup else [])
         file.writelines([*functions, "ulimit() { :; }\n"])  # a limit that cannot be raised here ends many scripts
+        file.write(_LEAD.format(bin=os.path.join(folder, "bin"), folder=folder))
     os.symlink(os.path.abspath(__file__), os.path.join(folder, "sitecustomize.py"))
     return {
         CALLS: calls,
