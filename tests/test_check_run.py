@@ -351,6 +351,15 @@ def test_a_scripts_own_python_and_path_do_not_get_round_the_stand_ins(check, tmp
     assert not marker.exists()
 
 
+def test_an_environment_before_the_command_reaches_the_script(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = script(tmp_path, f"{LAUNCH} {HPT}\n")
+    for start in ((), ("env",)):
+        for launch in (["bash", run], shlex.split(f"{LAUNCH} {HPT}")):
+            (call,) = command.read([*start, f"PYTHONPATH={tmp_path}/own", "FOO=1", *launch]).calls
+            assert (call.env["PYTHONPATH"], call.env["FOO"]) == (f"{tmp_path}/own", "1")
+
+
 def test_nothing_that_a_script_left_in_the_background_goes_on(check, tmp_path):
     run = script(tmp_path, f"(while true; do date > alive; /bin/sleep 0.1; done) &\n{LAUNCH} {HPT}\n")
     assert check("bash", run)[0] == 0

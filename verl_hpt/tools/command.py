@@ -58,9 +58,9 @@ def read(command: Sequence[str], limit: float = LIMIT) -> Launch:
     if not command:
         raise UserError("no command; write it after `--`: verl-hpt check-run -- python -m verl.trainer.main_ppo ...")
     env, command = dict(os.environ), list(command)
-    while command and _ASSIGNMENT.match(command[0]):  # NAME=value python -m ...
-        name, _, value = command.pop(0).partition("=")
-        env[name] = value
+    while command and (_ASSIGNMENT.match(command[0]) or command[0] == "env"):  # (env) NAME=value python -m ...
+        name, assigned, value = command.pop(0).partition("=")
+        env |= {name: value} if assigned else {}
     found = training(command)
     if found is not None:
         return Launch([Call(*found, os.getcwd(), env)])
@@ -118,7 +118,7 @@ def _run(command: list[str], script: str, env: dict[str, str], limit: float) -> 
     with tempfile.TemporaryDirectory(prefix="verl_hpt_check_run_") as folder:
         calls, output = Path(folder, "calls.jsonl"), Path(folder, "output")
         calls.touch()
-        env |= stand_in.install(os.path.join(folder, "stand_ins"), str(calls), sys.executable)
+        env |= stand_in.install(os.path.join(folder, "stand_ins"), str(calls), sys.executable, env)
         with open(output, "w") as file:
             try:
                 process = subprocess.Popen(

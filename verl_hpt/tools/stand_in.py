@@ -54,8 +54,8 @@ def main(program, arguments):
     note(program, arguments)
 
 
-def install(folder, calls, python):
-    """Make the programs, the functions and the `sitecustomize` in a folder. -> the environment that leads to them."""
+def install(folder, calls, python, env):
+    """Make the programs, the functions and the `sitecustomize` in a folder. -> what of env changes to lead to them."""
     os.makedirs(os.path.join(folder, "bin"))
     functions = []
     for name in (*PYTHONS, *LAUNCHERS):
@@ -64,7 +64,7 @@ def install(folder, calls, python):
             file.write(f'#!/bin/sh\nexec "{python}" -S "{os.path.abspath(__file__)}" {name} "$@"\n')
         os.chmod(program, 0o755)
         functions.append(f'{name}() {{ "{program}" "$@"; }}\n')
-    startup = os.environ.get("BASH_ENV")
+    startup = env.get("BASH_ENV")
     with open(os.path.join(folder, "functions.sh"), "w", encoding="utf-8") as file:
         file.writelines([f'. "{startup}"\n'] if startup else [])
         file.writelines([*functions, "ulimit() { :; }\n"])  # a limit that cannot be raised here ends many scripts
@@ -73,9 +73,9 @@ def install(folder, calls, python):
     return {
         CALLS: calls,
         PYTHON: python,
-        "PATH": os.pathsep.join([os.path.join(folder, "bin"), os.environ.get("PATH", os.defpath)]),
+        "PATH": os.pathsep.join([os.path.join(folder, "bin"), env.get("PATH", os.defpath)]),
         "BASH_ENV": os.path.join(folder, "functions.sh"),
-        "PYTHONPATH": os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(filter(None, [folder, env.get("PYTHONPATH")])),
         "HF_HUB_OFFLINE": "1",
     }
 
