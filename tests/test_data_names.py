@@ -89,3 +89,22 @@ def test_what_is_labelled_bad_is_no_demonstration(tmp_path, label):
 )
 def test_what_a_worked_text_ends_in(text, answer):
     assert answers.final_answer(text) == answer
+
+
+def test_a_system_message_is_in_the_prompt_or_refused(tmp_path, capsys):
+    ask, say = {"role": "user", "content": "a?"}, {"role": "assistant", "content": "So \\boxed{1}."}
+    brief, long = ({"role": "system", "content": text} for text in ("Be brief.", "Be long."))
+    file, out = tmp_path / "in.jsonl", tmp_path / "out.parquet"
+
+    def convert(**row) -> int:
+        file.write_text(json.dumps({"target": "So \\boxed{1}.", "answer": "1", **row}) + "\n")
+        return main(["convert", str(file), str(out)])
+
+    assert convert(prompt=[ask], system="Be brief.") == 0
+    assert pq.read_table(out).to_pylist()[0]["prompt"] == [brief, ask]
+    assert convert(prompt=[brief, ask], target=[brief, ask, say]) == 0
+    assert pq.read_table(out).to_pylist()[0]["target"] == [say]
+    for prompt in ([ask], [long, ask]):
+        capsys.readouterr()
+        assert convert(prompt=prompt, target=[brief, ask, say]) == 2
+        assert "field `target`: begins with a system message that the prompt has not" in capsys.readouterr().err

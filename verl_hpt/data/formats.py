@@ -191,7 +191,7 @@ def _prompt_of(row: Row, layout: Layout) -> tuple[list[dict], set[str]]:
             raise row.bad(layout.prompt, "ends with the assistant's message: that belongs to the demonstration")
         if not any(message["role"] == "user" for message in prompt):
             raise row.bad(layout.prompt, "no message of the user")
-        return prompt, used
+        return _with_system(row, layout, prompt, used), used
     if not value.strip():
         raise row.bad(layout.prompt, "is empty")
     context = row.values.get(layout.context)
@@ -368,6 +368,11 @@ def _demo(row: Row, key: str, demo: Any, prompt: list[dict]) -> Any:
         start += 1
     if messages[start:] and messages[start]["role"] != "user":
         return messages
+    systems = {m["content"].strip() for m in prompt if m["role"] == "system"}
+    if any(m["content"].strip() not in systems for m in messages[:start]):
+        raise row.bad(
+            key, "begins with a system message that the prompt has not: put it into the prompt, or leave it out"
+        )
     asked = [(m["role"], m["content"].strip()) for m in prompt if m["role"] != "system"]
     after = messages[start + len(asked) :]
     if [(m["role"], m["content"].strip()) for m in messages[start : start + len(asked)]] != asked or not after:
