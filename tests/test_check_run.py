@@ -388,13 +388,25 @@ python3 -m {MAIN} {shlex.join(USUAL)} {HPT} {ROLLOUT}.n=$n {ACTOR}.ppo_mini_batc
         assert f"not run: {other}" in printed
 
 
+def test_a_script_removes_moves_and_ends_nothing(check, tmp_path):
+    kept = tmp_path / "checkpoints" / "kept"
+    kept.parent.mkdir()
+    kept.write_text("x")
+    text = f"rm -rf {kept.parent}\nmv {kept} {tmp_path}\nkill $$\n{LAUNCH} {HPT} | tee {kept}\n"
+    status, printed = check("bash", script(tmp_path, text))
+    assert status == 0 and kept.read_text() == "x", printed
+    assert (
+        f"not run: rm -rf {kept.parent}" in printed and f"not run: mv {kept}" in printed and "not run: kill" in printed
+    )
+
+
 def test_every_training_of_a_script_is_checked_in_its_folder_and_environment(check, tmp_path):
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "mine.yaml").write_text("defaults: [ppo_trainer, _self_]\ndata: {max_response_length: 77}\n")
     own = [word for word in USUAL if "response_length" not in word]
     text = (
         f"cd inner; export COLUMN=mine\npython -m {MAIN} --config-dir=. --config-name=mine {shlex.join(own)} {HPT}\n"
-        f"{LAUNCH} {HPT} '++hpt.demo.key=${{oc.env:COLUMN}}'\nmv no_such_file elsewhere\nexit 3\n"
+        f"{LAUNCH} {HPT} '++hpt.demo.key=${{oc.env:COLUMN}}'\ncp no_such_file elsewhere\nexit 3\n"
     )
     status, printed = check("bash", script(tmp_path, text))
     assert status == 0, printed

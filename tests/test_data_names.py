@@ -2,12 +2,15 @@
 
 import json
 import random
+import subprocess
+import sys
 
 import pyarrow.parquet as pq
 import pytest
 
 from verl_hpt.data import answers, fields
 from verl_hpt.data.commands import main
+from verl_hpt.demos.demonstration import demonstrations, single_text
 
 CHAT = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "So \\boxed{1}."}]
 CALL = {"name": "f", "arguments": {"a": 1}}
@@ -57,6 +60,7 @@ def test_known_names_with_any_values(tmp_path, capsys, seed):
         (["4", "2", "6", "0"], 2, "C"),
         (["4", "2", "6", "0"], "2", "B"),  # an option's text
         (["4", "2", "6", "0"], 6, "C"),  # no index
+        (["x", "y"], "1", "B"),  # an index written as text
         (["x", "y"], "b", "B"),
     ],
 )
@@ -108,3 +112,41 @@ def test_a_system_message_is_in_the_prompt_or_refused(tmp_path, capsys):
         capsys.readouterr()
         assert convert(prompt=prompt, target=[brief, ask, say]) == 2
         assert "field `target`: begins with a system message that the prompt has not" in capsys.readouterr().err
+
+
+def one_row(tmp_path, row):
+    file, out = tmp_path / "one.jsonl", tmp_path / "one.parquet"
+    file.write_text(json.dumps({"answer": "1", **row}) + "\n", encoding="utf-8")
+    status = main(["convert", str(file), str(out)])
+    return pq.read_table(out).to_pylist()[0] if status == 0 else None
+
+
+def test_reasoning_beside_a_reply_is_a_part_of_it(tmp_path):
+    reply = {"role": "assistant", "content": "So \\boxed{1}.", "thinking": "Let me see."}
+    text = single_text(demonstrations(one_row(tmp_path, {"messages": [CHAT[0], reply]})["target"])[0])
+    assert text == "<think>\nLet me see.\n</think>\n\nSo \\boxed{1}."
+
+
+@pytest.mark.parametrize(("weights", "demos"), [((1, 1), 1), ((None, None), 1), ((0, 0), 0), ((0, 1), None)])
+def test_replies_with_weight_zero_are_no_demonstration(tmp_path, capsys, weights, demos):
+    replies = [{**CHAT[1], "weight": w} if w is not None else CHAT[1] for w in weights]
+    row = one_row(tmp_path, {"messages": [CHAT[0], *replies]})
+    if demos is None:
+        assert row is None and "weight 0" in capsys.readouterr().err
+    else:
+        assert bool(row["target"]) == bool(demos)
+
+
+def test_a_system_prompt_of_its_own_field_comes_first(tmp_path):
+    row = one_row(tmp_path, {"system_prompt": "Be brief.", "prompt": "a?", "completion": "So \\boxed{1}."})
+    assert [message["role"] for message in row["prompt"]] == ["system", "user"]
+
+
+def test_the_remedy_for_csv_keeps_every_value_as_text(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.csv").write_text("question,solution,answer\na?,So.,007\nb?,So.,NA\n")
+    assert main(["convert", "rows.csv", "out.parquet"]) == 2
+    code = capsys.readouterr().err.split('python -c "')[1].rsplit('"', 1)[0]
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["answer"] for row in rows] == ["007", "NA"]

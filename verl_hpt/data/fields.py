@@ -97,6 +97,8 @@ def letter(options: Choices, answer: Any) -> str:
         return options.letters[answer]
     if text in options.texts:
         return options.letters[options.texts.index(text)]
+    if text.isdigit() and int(text) < len(options.letters):
+        return options.letters[int(text)]
     return text.upper() if len(text) == 1 else text
 
 

@@ -149,7 +149,7 @@ def _beside(values: dict, layout: Layout) -> dict[str, Any]:
         "before": tuple(name for key in fields.BEFORE if (name := names.get(key, key)) not in taken),
         "options": tuple(name for key in fields.OPTIONS if (name := names.get(key, key)) not in taken),
         "history": names.get(fields.HISTORY, fields.HISTORY),
-        "system": names.get("system", "system"),
+        "system": names.get("system", names.get("system_prompt", "system")),
         "label": label,
     }
 
@@ -292,8 +292,11 @@ def _read_chat(row: Row, layout: Layout) -> Question:
     asked = row.values.get("prompt")
     if isinstance(asked, str) and any(asked.strip() == message["content"].strip() for message in prompt):
         used.add("prompt")
+    weights = [message.get("weight") != 0 for message in demo if message["role"] == "assistant"]
+    if any(weights) and not all(weights):
+        raise row.bad(layout.prompt, "some replies after the last question have weight 0; hpt imitates all or none")
     demos = _demos(row, layout, prompt)
-    if not demos and demo and _is_good(row, layout):
+    if not demos and all(weights) and demo and _is_good(row, layout):
         demos = [demo]
     return Question(prompt, demos, _truth(row, layout, demos), frozenset(used))
 

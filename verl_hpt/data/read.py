@@ -76,7 +76,8 @@ def file_kind(source: str) -> str:
         return "jsonl"
     if name.endswith((".csv", ".tsv", ".csv.gz", ".tsv.gz")):
         tab = ", sep='\\t'" if ".tsv" in name else ""
-        code = f"pd.read_csv({source!r}{tab}).to_json('rows.jsonl', orient='records', lines=True)"
+        frame = f"pd.read_csv({source!r}{tab}, dtype=str, keep_default_na=False)"  # 007 and NA are text
+        code = f"{frame}.to_json('rows.jsonl', orient='records', lines=True)"
         raise BadRow(source, 0, "(file)", f'is CSV or TSV; make JSONL of it: python -c "import pandas as pd; {code}"')
     raise BadRow(source, 0, "(file)", f"is neither parquet nor JSON; known: {', '.join(_SUFFIXES)}")
 

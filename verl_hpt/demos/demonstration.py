@@ -118,7 +118,7 @@ def message_text(message: dict) -> str:
         content = ""
     if not isinstance(content, str):
         raise Unusable("not_text", f"content is {type(content).__name__}")
-    reasoning = message.get("reasoning_content")
+    reasoning = message.get("reasoning_content") or message.get("thinking")
     if isinstance(reasoning, str) and reasoning.strip() and "</think>" not in content:
         content = f"<think>\n{reasoning.strip()}\n</think>\n\n{content}"
     return content

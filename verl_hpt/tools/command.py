@@ -76,7 +76,7 @@ def read(command: Sequence[str], limit: float = LIMIT) -> Launch:
 def training(argv: Sequence[str]) -> tuple[str, list[str]] | None:
     """Entry point and arguments of the training in a command, however it is wrapped (torchrun, ray job submit, uv)."""
     modules = [i + 1 for i, word in enumerate(argv[:-1]) if word == "-m"]
-    files = [i for i, word in enumerate(argv) if word.endswith(".py") and not _OVERRIDE.match(word)]
+    files = [i for i, word in enumerate(argv) if word.endswith(".py") and "=" not in word]
     for at in sorted(modules, key=lambda at: argv[at] != MAIN) + files:
         entry, rest = argv[at], list(argv[at + 1 :])
         if entry.endswith("verl/trainer/main_ppo.py"):

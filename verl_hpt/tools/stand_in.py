@@ -4,7 +4,8 @@ It is met in three ways, so that none is missed: as the program of that name tha
 which a script's own PATH cannot hide; and as the `sitecustomize` of any Python that starts by another way (an absolute
 path, a virtual environment, console scripts such as `torchrun`). Before each command bash puts the stand-ins first on
 PATH and PYTHONPATH again, where the script has set them anew. Inline code (`python -c`, standard input) does run: a
-script reads what it prints. Standard library only, and of Python 3.8, since the script's Python may be another.
+script reads what it prints. So do the script's other commands, but for those that remove, move or end something.
+Standard library only, and of Python 3.8, since the script's Python may be another.
 """
 
 import json
@@ -17,6 +18,7 @@ PYTHONS = ("python", "python3")
 LAUNCHERS = (
     "torchrun", "ray", "uv", "accelerate", "deepspeed", "mpirun", "srun", "sbatch", "docker", "ssh", "conda", "sudo",
     "pip", "pip3", "apt-get", "git", "wget", "curl", "hf", "huggingface-cli", "verl-hpt", "sleep",
+    "rm", "rmdir", "mv", "ln", "dd", "truncate", "kill", "pkill", "killall", "scp", "rsync", "aws", "gsutil",
 )  # fmt: skip
 _WITH_VALUE = ("-W", "-X", "--check-hash-based-pycs")
 
@@ -67,7 +69,8 @@ def install(folder, calls, python, env):
     startup = env.get("BASH_ENV")
     with open(os.path.join(folder, "functions.sh"), "w", encoding="utf-8") as file:
         file.writelines([f'. "{startup}"\n'] if startup else [])
-        file.writelines([*functions, "ulimit() { :; }\n"])  # a limit that cannot be raised here ends many scripts
+        file.writelines([*functions, "tee() { cat; }\n"])
+        file.write("ulimit() { :; }\n")  # a limit that cannot be raised here ends many scripts
         file.write(_LEAD.format(bin=os.path.join(folder, "bin"), folder=folder))
     os.symlink(os.path.abspath(__file__), os.path.join(folder, "sitecustomize.py"))
     return {
