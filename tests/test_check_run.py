@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
-from test_recipes import METHODS, MODELS, OFFICIAL, Bench
+from recipe_bench import METHODS, MODELS, OFFICIAL, Bench
 
 from verl_hpt import cli
 from verl_hpt.errors import UserError
