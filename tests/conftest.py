@@ -1,5 +1,6 @@
 """Tests and recipes on the path, so that tests can import what lies there; and which data the tests use."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -50,3 +51,21 @@ def tokenizers(tmp_path_factory):
     for style in STYLES:
         tiny(style).save_pretrained(folder / style)
     return folder
+
+
+@pytest.fixture
+def check_run(capfd, monkeypatch, tmp_path):
+    """Run `verl-hpt check-run` in an empty folder. -> (exit status, all that it printed)"""
+    from verl_hpt import cli
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str, data: bool = False, options: tuple = ()) -> tuple[int, str]:
+        before = dict(os.environ)
+        status = cli.main(["check-run", *options, *([] if data else ["--no-data"]), "--", *words])
+        assert dict(os.environ) == before and Path.cwd() == tmp_path
+        printed = "".join(capfd.readouterr())
+        assert "Traceback" not in printed
+        return status, printed
+
+    return run

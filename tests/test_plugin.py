@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from verl_hpt.errors import UserError
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -167,3 +169,19 @@ def test_every_name_that_we_lean_on_is_there_and_one_that_is_gone_is_told(found)
 
 def test_an_unsupported_verl_is_told(found):
     assert "verl 0.8.2" in found["unsupported"] and ">=0.9,<0.10" in found["unsupported"]
+
+
+def test_verls_legacy_trainer_and_those_of_recipes_refuse_hpt_when_they_are_built():
+    from verl.trainer.ppo import ray_trainer
+    from verl_config import compose
+
+    class OfARecipe(ray_trainer.RayPPOTrainer):
+        def __init__(self, config):
+            raise AssertionError("built")
+
+    for trainer in (ray_trainer.RayPPOTrainer, OfARecipe):
+        for arguments, names in (((compose(),), {}), ((), {"config": compose()})):
+            with pytest.raises(UserError, match=rf"{trainer.__name__}: .* Set trainer\.use_v1=True and run"):
+                trainer(*arguments, **names)
+    with pytest.raises(AssertionError, match="built"):
+        OfARecipe(compose("algorithm.adv_estimator=grpo"))
