@@ -69,3 +69,11 @@ def check_run(capfd, monkeypatch, tmp_path):
         return status, printed
 
     return run
+
+
+@pytest.fixture(params=[100, 20_000], ids=["small groups", "one group"])
+def group_rows(request, monkeypatch):
+    """Types are the same whether a late value stands in the first group of rows or in a later one."""
+    from verl_hpt.data import write
+
+    monkeypatch.setattr(write, "_GROUP_ROWS", request.param)

@@ -1,7 +1,7 @@
 """The banner says what is trained; the clip range is verl's."""
 
 import pytest
-from test_refusals import ACTOR, refused, start
+from verl_config import ACTOR, refused, start
 
 from verl_hpt.gate import DEMO, GATES, RL
 

@@ -7,18 +7,13 @@ import random
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_data_convert import ask, asked, said, say
+from conversions import ask, asked, said, say
 
 from verl_hpt.data import write
 from verl_hpt.data.commands import main
 from verl_hpt.demos.demonstration import plain
 
-
-@pytest.fixture(params=[100, 20_000], ids=["small groups", "one group"], autouse=True)
-def group_rows(request, monkeypatch):
-    """Types are the same whether a late value stands in the first group of rows or in a later one."""
-    monkeypatch.setattr(write, "_GROUP_ROWS", request.param)
-
+pytestmark = pytest.mark.usefixtures("group_rows")
 
 LATE = [  # first value, late value
     (0, 0.5),
@@ -283,24 +278,6 @@ def test_a_rows_own_extra_info_wins_over_ours(tmp_path, capsys):
     assert made["extra_info"] == {"index": 0, "split": "train", "file": "in.jsonl", "row": 1}
 
 
-CALLS = [5, "x", {"a": 1}, [5], [{"function": {"arguments": "{}"}}], [{"function": {"name": 5}}], [{"function": "f"}]]
-
-
-@pytest.mark.parametrize("calls", CALLS, ids=str)
-def test_tool_calls_that_are_none_name_their_message(tmp_path, capsys, calls):
-    row = {"messages": [ask("a?"), {**say(""), "tool_calls": calls}, say("#### 1")]}
-    status, made, _, err = said(tmp_path, capsys, [row])
-    assert status == 2 and made is None and "row 1: field `messages[1].tool_calls`: must be a list of calls" in err
-
-
-@pytest.mark.parametrize("name", ["out.parquet.part", "val.parquet.part"])
-def test_an_input_called_like_the_provisional_output_is_kept(tmp_path, capsys, name):
-    path = tmp_path / name
-    path.write_text(json.dumps(asked()), encoding="utf-8")
-    command = ["convert", str(path), str(tmp_path / "out.parquet"), "--val", str(tmp_path / "val.parquet")]
-    assert main(command) == 2 and path.exists() and "different files" in capsys.readouterr().err
-
-
 def test_our_own_output_converted_again_is_the_same(tmp_path, capsys):
     made = said(tmp_path, capsys, [asked(r=1), asked(r=None), {**asked(), "extra_info": {"index": 7}}])[1]
     assert said(tmp_path, capsys, made)[1] == made
@@ -356,20 +333,6 @@ def test_kept_numbers_count_towards_a_row_group(tmp_path, capsys):
     assert pq.ParquetFile(tmp_path / "out.parquet").num_row_groups == 4
 
 
-@pytest.mark.parametrize("limit", ["0", "-1"])
-def test_a_limit_is_one_or_more(tmp_path, capsys, limit):
-    status, _, _, err = said(tmp_path, capsys, [asked()], "--limit", limit)
-    assert status == 2 and "--limit must be 1 or more" in err
-
-
-def test_a_named_demonstration_beside_messages_may_lack_roles(tmp_path, capsys):
-    row = {"messages": [ask("a?")], "proof": [{"content": "#### 1"}]}
-    _, (made,), *_ = said(tmp_path, capsys, [row], "--demo-key", "proof")
-    assert made["target"] == [say("#### 1")]
-    status, _, _, err = said(tmp_path, capsys, [{**row, "proof": 5}], "--demo-key", "proof")
-    assert status == 2 and "field `proof`: a demonstration must be" in err
-
-
 def test_a_damaged_gzip_is_one_message(tmp_path, capsys):
     whole = gzip.compress("".join(json.dumps(asked(n=i * 7919)) + "\n" for i in range(5000)).encode())
     for at in (12, len(whole) // 2):
@@ -407,22 +370,6 @@ def test_names_and_texts_that_parquet_cannot_hold_are_named_escaped(tmp_path, ca
         assert said(tmp_path, capsys, [asked(r="x"), asked(s=value)], "--drop", "s")[0] == 0
 
 
-CHATS = [say("#### 1"), [say("#### 1")], [{"content": "#### 1"}], {"content": "#### 1"}]
-
-
-@pytest.mark.parametrize("chat", CHATS, ids=str)
-def test_every_form_of_a_chat_may_stand_as_json_text(tmp_path, capsys, chat):
-    text = json.dumps(chat)
-    _, (made,), out, _ = said(tmp_path, capsys, [{"prompt": json.dumps(ask("a?")), "target": text, "answer": "1"}])
-    assert made["prompt"] == [ask("a?")] and made["target"] == [say("#### 1")] and out.count(": parsed") == 2
-    _, (made,), *_ = said(tmp_path, capsys, [{"prompt": "a?", "target": [text, text], "answer": "1"}])
-    assert made["target"] == [[say("#### 1")]] * 2
-    _, (made,), *_ = said(tmp_path, capsys, [{"messages": [json.dumps(m) for m in (ask("a?"), say("#### 1"))]}])
-    assert made["prompt"] == [ask("a?")] and made["target"] == [say("#### 1")]
-    asks = '{"content": "x"} is what?'
-    assert said(tmp_path, capsys, [{"question": asks, "answer": "1"}])[1][0]["prompt"] == [ask(asks)]
-
-
 def test_a_field_that_is_read_in_part_is_carried_whole(tmp_path, capsys):
     row = {"q": {"text": "a?", "level": 3}, "answer": "#### 1", "a.b": 1}
     options = ["--prompt-key", "q.text", "--demo-key", "answer"]
@@ -435,44 +382,6 @@ def test_a_field_that_is_read_in_part_is_carried_whole(tmp_path, capsys):
     status, _, _, err = said(tmp_path, capsys, [row], *options)
     assert status == 2 and "field `prompt.level`: convert writes that field itself" in err
     assert said(tmp_path, capsys, [row], *options, "--drop", "prompt.level")[1][0]["prompt"] == [ask("a?")]
-
-
-def test_a_chat_that_asks_nothing_is_refused(tmp_path, capsys):
-    system = {"role": "system", "content": "Think."}
-    for row in ({"prompt": [system, ask(" ")], "target": "#### 1"}, {"messages": [system, ask(""), say("#### 1")]}):
-        status, _, _, err = said(tmp_path, capsys, [row])
-        assert status == 2 and "asks nothing" in err
-
-
-def test_a_system_text_and_a_column_may_come_and_go(tmp_path, capsys):
-    row = {"messages": [ask("a?"), say("#### 1")], "r": 1}
-    late = {"messages": row["messages"], "system": "Think."}
-    for rows in ([row, late], [late, row]):
-        status, made, *_ = said(tmp_path, capsys, rows)
-        assert status == 0 and "system" not in made[0]
-        assert [m["prompt"][0]["role"] == "system" for m in made] == ["system" in r for r in rows]
-        assert [m["r"] for m in made] == [r.get("r") for r in rows]
-
-
-def test_content_in_parts_is_joined_where_nothing_is_lost(tmp_path, capsys):
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "?", "image": None}]
-    assert said(tmp_path, capsys, [{"messages": [ask(parts), say("#### 1")]}])[1][0]["prompt"] == [ask("a?")]
-    row = {"messages": [ask([*parts, {"text": "b", "cache": 1}]), say("#### 1")]}
-    status, _, _, err = said(tmp_path, capsys, [row])
-    assert status == 2 and "row 1: field `messages[0].content`: must be text, got list" in err
-    _, (made,), *_ = said(tmp_path, capsys, [row], "--drop", "messages.content.cache")
-    assert made["prompt"] == [ask("a?b")]
-
-
-def test_further_keys_of_tool_calls_are_carried(tmp_path, capsys):
-    call = {"id": "1", "index": 3, "type": "function", "function": {"name": "f", "arguments": {"a": 2}, "strict": True}}
-    bare = {"id": "2", "name": "f", "arguments": '{"a": 1}'}
-    turn = {**say(""), "tool_calls": [call, bare]}
-    row = {"messages": [ask("a?"), turn, {"role": "tool", "content": "4"}, say("#### 1")]}
-    _, (made,), *_ = said(tmp_path, capsys, [row])
-    first, second = plain(made["target"][0]["tool_calls"])
-    assert first == {**call, "function": {**call["function"], "arguments": '{"a": 2}'}}
-    assert second == {"id": "2", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
 
 
 def test_a_list_after_a_byte_order_mark(tmp_path, capsys):

@@ -4,11 +4,15 @@ from functools import cache
 from pathlib import Path
 
 import hydra
+import pytest
 import verl
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
+
+from verl_hpt.errors import UserError
+from verl_hpt.host.run import Run
 
 FOLDER = Path(verl.__file__).parent / "trainer" / "config"
 
@@ -28,3 +32,16 @@ def compose(*overrides: str) -> DictConfig:
     others = [override for override in overrides if not override.startswith("model_engine=")]
     ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(others), config)
     return config
+
+
+ACTOR = "actor_rollout_ref.actor"
+
+
+def start(*overrides: str, reference: bool = False, critic: bool = False) -> Run:
+    return Run(compose(*overrides), verl="0.9.1", kl_penalty=None, has_reference=reference, has_critic=critic)
+
+
+def refused(*overrides: str, **has) -> str:
+    with pytest.raises(UserError) as error:
+        start(*overrides, **has)
+    return str(error.value)
