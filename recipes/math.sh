@@ -1,11 +1,11 @@
 # Sourced by the recipes of the paper's three models, which set name, model, tensor_parallel, model_changes, gate,
 # demo_coef and official_coef. What differs from the published code: README, "Deviations".
-# METHOD     hpt | luffy (the demonstration is the eighth of its group: rollout.n=7, lr 1e-6) | srft (LUFFY's group and
-#            entropy-weighted imitation, lr 1e-6) | grpo (verl's own; this package takes no part) | sft (demonstrations
-#            only, token mean; rollout.n=1, for metrics) | sft_then_grpo (sft, merged to bfloat16, then grpo from there)
+# METHOD     hpt | luffy (the demonstration is the eighth of its group: rollout.n=7) | srft (LUFFY's group and entropy-
+#            weighted imitation) | prefix_rft | chord_mu (stream: STREAM_FILE, else TRAIN_FILE) | relift | grpo (verl's
+#            own; this package takes no part) | sft (demonstrations only, token mean; rollout.n=1) | sft_then_grpo
 # OFFICIAL=1 hpt, luffy and srft as the published code computes them
-# Settings   as published: 128 questions, 8 rollouts at T = 1, prompt 1,024, response 8,192, mini-batch 64, lr 5e-6
-#            constant, 500 steps, AdamW with weight decay 0.01, gradient clip 1.0, entropy 0.001, no KL
+# Settings   as published: 128 questions, 8 rollouts at T = 1, prompt 1,024, response 8,192, mini-batch 64, constant lr
+#            5e-6 (luffy to relift 1e-6), 500 steps, AdamW, weight decay 0.01, gradient clip 1.0, entropy 0.001, no KL
 # Data       TRAIN_FILE (made if missing): Elliott/Openr1-Math-46k-8192. VAL_FILES: a Hydra list, by default of what
 #            verl-hpt data eval-set outputs/eval --suffix '' aime24.json amc23.json math-500.json
 #            makes of files with keys prompt and answer
@@ -17,8 +17,10 @@
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 METHOD=${METHOD:-hpt} OFFICIAL=${OFFICIAL:-0} tag=
 case $METHOD in
-  hpt | luffy | srft | grpo | sft | sft_then_grpo) ;;
-  *) echo "error: METHOD=$METHOD; choose hpt, luffy, srft, grpo, sft or sft_then_grpo." >&2; exit 2 ;;
+  hpt | luffy | srft | prefix_rft | chord_mu | relift | grpo | sft | sft_then_grpo) ;;
+  *)
+    echo "error: METHOD=$METHOD; choose hpt, luffy, srft, prefix_rft, chord_mu, relift, grpo, sft or sft_then_grpo." >&2
+    exit 2 ;;
 esac
 if [ "$OFFICIAL" = 1 ]; then
   tag=-official
@@ -50,6 +52,10 @@ train() {
     hpt) args=(++hpt.method=hpt "++hpt.demo_coef=$demo_coef" "++hpt.gate.threshold=$gate") ;;
     luffy) n=7 lr=1e-6 args=(++hpt.method=luffy) ;;
     srft) n=7 lr=1e-6 args=(++hpt.method=srft ++hpt.demo_coef=1.0) ;;
+    prefix_rft) lr=1e-6 args=(++hpt.method=prefix_rft) ;;
+    chord_mu)
+      lr=1e-6 args=(++hpt.method=chord_mu "++hpt.stream.files=${STREAM_FILE:-$train_file}" ++hpt.stream.batch=256) ;;
+    relift) lr=1e-6 args=(++hpt.method=relift ++hpt.buffer.size=128) ;;
     sft) n=1 args=(++hpt.method=sft ++hpt.demo_coef=1.0) ;;
     grpo) args=() ;;
   esac

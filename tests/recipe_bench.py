@@ -10,7 +10,8 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 RECIPES = REPO / "recipes"
 MODELS = ("qwen2.5_math_7b", "qwen2.5_math_1.5b", "llama3.1_8b")
-METHODS = ("hpt", "luffy", "srft", "grpo", "sft", "sft_then_grpo")
+METHODS = ("hpt", "luffy", "srft", "prefix_rft", "chord_mu", "relift", "grpo", "sft", "sft_then_grpo")
+PLACED = {"prefix_rft": "prefix_rft", "chord": "chord_mu", "relift": "relift"}  # recipes of one method
 OFFICIAL = ("hpt", "luffy", "srft")
 
 # Stands for python: notes the start of a training or a merge and leaves behind what each would; runs plain scripts.

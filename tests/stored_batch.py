@@ -4,8 +4,9 @@
     python tests/stored_batch.py compare FILE.npz    # on the code after, on the same machine
 
 Each method gets the same questions (solved, unsolved, cut at the length limit, with none, one and several
-demonstrations), log-probs, old and reference log-probs, entropies and advantages, in float32, with and without entropy
-bonus and KL loss. Stored are the plan's rows and weights, the loss, and its gradients on log-probs and entropies.
+demonstrations; prefixes, a stream or a buffer where the method has them), log-probs, old and reference log-probs,
+entropies and advantages, in float32, with and without entropy bonus and KL loss. Stored are the plan's rows and
+weights, the loss, and its gradients on log-probs and entropies.
 """
 
 from __future__ import annotations
@@ -27,15 +28,19 @@ from verl_hpt.gate import GateSettings
 from verl_hpt.host.loss_fn import hpt_loss
 from verl_hpt.loss import ROW_FIELD, LossSpec
 from verl_hpt.methods import METHODS
-from verl_hpt.plan import PlanSettings, plan
+from verl_hpt.plan import PlanSettings
 
 GROUPS = [([1, 0, 0, 1], 1), ([0, 0, 0, 0], 2), ([1, 1, 1, 1], 1), ([0, 0], 1), ([0, 0, 0], 0), ([0, 1, 0], 3), ([], 1)]
+PREFIXES = [(0, 0, 2, 5), (3, 3, 0, 0), (1, 1, 4, 4), (0, 0), (2, 0, 7), (0, 3, 3), ()]  # where the method reads them
 FIELDS = ("response_mask", "old_log_probs", "ref_log_prob", ROW_FIELD)
 
 
 def made_of(name: str) -> dict[str, np.ndarray]:
     """Every number that the plan and the loss make of the stored questions, by name."""
-    method, case, found = METHODS[name], random_case(11, GROUPS), {}
+    method, found = METHODS[name], {}
+    groups = [(*group, own) for group, own in zip(GROUPS, PREFIXES, strict=True)]
+    beside = {name: 3 for name in ("stream", "buffer") if method.place == name}
+    case = random_case(11, groups if method.place == "prefix" else GROUPS, **beside)
     cut = np.array([False, True, False])
     case.questions[5] = dataclasses.replace(case.questions[5], truncated=cut)
     for off, truncated in ((None, "keep"), (0.4, "mask")):
@@ -46,9 +51,9 @@ def made_of(name: str) -> dict[str, np.ndarray]:
         settings = PlanSettings(
             of_method, method.normalization, 24.0, 0.3, gate, questions_per_step=4, ranks=2, truncated=truncated, seed=5
         )
-        result, mark = plan(case.questions, settings), f"{name}/{truncated}"
-        for column in ("question", "kind", "index", "advantage", "reward", "correct", "tokens", "w_rl", "w_demo",
-                       "w_entropy", "step", "layout"):  # fmt: skip
+        result, mark = case.planned(settings), f"{name}/{truncated}"
+        for column in ("question", "kind", "index", "advantage", "reward", "correct", "tokens", "demo_tokens", "prefix",
+                       "demo_advantage", "w_rl", "w_demo", "w_entropy", "step", "layout"):  # fmt: skip
             found[f"{mark}/{column}"] = getattr(result, column)
         draw = np.random.default_rng(3)
         rows = contents(case, result, result.layout)

@@ -110,3 +110,61 @@ def test_the_banner_names_the_arguments_of_a_users_gate(capsys, monkeypatch):
     monkeypatch.setitem(GATES, "rarely", lambda outcome, at_most=0, share=1.0: RL if outcome.solved > at_most else DEMO)
     text = banner(capsys, "++hpt.gate.function=rarely", "++hpt.gate.kwargs={at_most: 1, share: 0.5}")
     assert "where rarely(at_most=1, share=0.5) (score ≥ 1.0" in text
+
+
+# --- demonstrations elsewhere than beside their question's rollouts --------------------------------------------------
+
+ROLL, FILES = "actor_rollout_ref.rollout", "++hpt.stream.files=experts.parquet"
+COUNTED = ". The gate and solve rates count others"
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides", "line"),
+    [
+        ("prefix_rft", [f"{ROLL}.n=8"],
+         f"starts: 1 of 8 rollouts from U(0.95 → 0, 0.95) of the demonstration; its tokens: R{COUNTED}"),
+        ("uft", [f"{ROLL}.n=4"], "starts: all of 4 rollouts from 5 parts, each with probability 0.95 → 0.05, of the "
+         f"demonstration; its tokens: S{COUNTED}"),
+        ("stephint", [f"{ROLL}.n=2", "++hpt.start.share=[0, 0.5]"],
+         f"starts: rollouts start from the shares 0, 0.5 of the demonstration; its tokens: frozen{COUNTED}"),
+        ("g2rpo_a", [f"{ROLL}.n=12"], "starts: 2 of 12 rollouts from 3072 tokens, adapted every 3 steps, of the "
+         f"demonstration; its tokens: R{COUNTED}"),
+        ("questa", [], "hints: all of 1 rollouts from 0.5 of the demonstration in the prompt; trained with it"),
+        ("pope", [f"{ROLL}.n=4"],
+         "hints: 3 of 4 rollouts from 0.5 of the demonstration in the prompt; trained with it"),
+        ("guide", [f"{ROLL}.n=8"],
+         "hints: 4 of 8 rollouts from 1 of the demonstration in the prompt; trained on the prompt without it"),
+        ("chord_mu", [FILES], "stream: 64 demonstrations a step beside the questions, rollouts weigh 1 − λ"),
+        ("chord_mu", [FILES], "demonstrations: column 'target' of experts.parquet, always, λ = 0.9 → 0.05 (cosine, 200 "
+         "steps)"),
+        ("chord_phi", [FILES, "++hpt.stream.batch=3", "++hpt.demo.key=solution"], "stream: 3 demonstrations a step"),
+        ("chord_phi", [FILES, "++hpt.demo.key=solution"], "column 'solution' of experts.parquet, always, λ = 0.1"),
+        ("amft_style", [FILES], "always, λ = 0.5, steered towards an entropy of 0.3 nats"),
+        ("relift", [], "buffer: demonstrations; 128 make an optimizer step of their own. Adam scales each step's "
+         "gradient, so λ does next to nothing there"),
+        ("relift", ["++hpt.buffer={size: 5, content: successes}"], "buffer: successes; 5 make an optimizer step"),
+        ("relift", [], "demonstrations: column 'target', where solved ≤ 0·n (score ≥ 1.0 and not cut at the length "
+         "limit), λ = 1"),
+    ],
+)  # fmt: skip
+def test_the_banner_says_where_demonstrations_stand(capsys, method, overrides, line):
+    (found,) = [one for one in banner(capsys, f"++hpt.method={method}", *overrides).splitlines() if line in one]
+    assert found.startswith("  ")
+
+
+def test_a_stream_that_is_not_convex_leaves_the_rollouts_weight_alone(capsys):
+    compose = "++hpt.compose={rollouts: grpo, demos: [{kind: S}], place: stream, when: always}"
+    assert "  stream: 64 demonstrations a step beside the questions\n" in banner(capsys, compose, FILES)
+
+
+def test_prefixes_that_are_imitated_at_another_temperature_are_told_of(capsys):
+    note = "  note: tokens of a prefix are scored at the rollouts' temperature, T = 0.7\n"
+    hot = f"{ROLL}.temperature=0.7"
+    assert note in banner(capsys, "++hpt.method=uft", f"{ROLL}.n=4", hot)
+    assert note not in banner(capsys, "++hpt.method=uft", f"{ROLL}.n=4")
+    assert "note:" not in banner(capsys, "++hpt.method=prefix_rft", f"{ROLL}.n=4", hot)
+
+
+def test_the_banner_has_no_line_of_places_where_demonstrations_stand_beside_their_rollouts(capsys):
+    text = banner(capsys) + banner(capsys, "++hpt.method=luffy") + banner(capsys, "++hpt.method=grpo")
+    assert not any(f"  {place}: " in text for place in ("starts", "hints", "stream", "buffer"))

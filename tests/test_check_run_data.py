@@ -107,6 +107,20 @@ def test_the_settings_of_the_run_reach_the_check_of_its_files(run_of):
     assert status == 0 and "method grpo reads no demonstrations" in printed
 
 
+def test_the_files_of_a_stream_are_looked_into_and_missed(run_of, tmp_path):
+    stream = tmp_path / "experts.parquet"
+    overrides = ("data.val_files=null", "++hpt.method=chord_mu", f"++hpt.stream.files={stream}")
+    status, printed = run_of(*overrides, drop="target")
+    assert status == 1 and f"hpt.stream.files: {stream}: no such file on this machine" in printed
+    rows = [{"prompt": [{"role": "user", "content": f"{i}?"}], "data_source": "openai/gsm8k", "target": "x" * 9,
+             "reward_model": {"ground_truth": "1"}} for i in range(3)]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), stream)
+    status, printed = run_of(*overrides, drop="target")
+    assert "method chord_mu reads no demonstrations there" in printed and "3 rows with 3 different questions" in printed
+    status, printed = run_of(*overrides, "data.max_response_length=3", drop="target")
+    assert status == 1 and "limit 3" in printed
+
+
 def test_images_are_refused_before_any_model_loads(run_of):
     status, printed = run_of("data.val_files=null", images=[[], [], ["a.png"], []])
     assert status == 1

@@ -16,7 +16,10 @@ from verl_hpt.gate import Outcome, decide
 
 def test_defaults_are_the_documented_ones():
     settings = load({})
-    assert (settings.method, settings.normalization, settings.demo_coef) == ("hpt", None, 0.1)
+    assert (settings.method, settings.normalization, settings.demo_coef) == ("hpt", None, None)
+    assert config.demo_coef(settings, resolve_method(settings)) == 0.1 and settings.start is None
+    assert (settings.stream.files, settings.stream.batch, settings.buffer.size) == (None, 64, 128)
+    assert settings.buffer.content == "demonstrations"
     assert (settings.gate.threshold, settings.gate.count, settings.gate.success) == (0.0, None, 1.0)
     assert (settings.demo.key, settings.demo.on_unusable) == ("target", "keep")
     assert (settings.demo.per_question, settings.demo.select, settings.demo.reward) == (1, "first", None)
@@ -30,10 +33,13 @@ def test_defaults_are_the_documented_ones():
     [
         ({"methd": "hpt"}, r"hpt\.methd: unknown key.*method"),
         ({"gate": {"treshold": 0}}, r"hpt\.gate\.treshold: unknown key.*threshold"),
-        ({"demo_coef": "much"}, r"hpt\.demo_coef='much': must be a number"),
-        ({"demo_coef": True}, r"hpt\.demo_coef=True: must be a number"),
+        (
+            {"demo_coef": "much"},
+            r"hpt\.demo_coef='much': must be null or a number or a schedule \{.*at least 0, got str",
+        ),
+        ({"demo_coef": True}, r"hpt\.demo_coef=True: must be null or a number or .* or a steered \{.*, got bool"),
         ({"demo_coef": -1}, r"hpt\.demo_coef=-1: must be .* at least 0: λ, weight of"),
-        ({"demo_coef": float("nan")}, r"hpt\.demo_coef=nan: must be a number .*, and finite"),
+        ({"demo_coef": float("nan")}, r"hpt\.demo_coef=nan: must be null or a number .*, and finite"),
         ({"gate": {"count": 1.5}}, r"hpt\.gate\.count=1\.5: must be null or a whole number, got float"),
         ({"gate": 3}, r"hpt\.gate=3: must be a mapping with keys threshold"),
         ({"gate": {"threshold": {"start": 1, "end": 0}}}, r"hpt\.gate\.threshold: needs steps"),

@@ -25,6 +25,7 @@ EDGES = {  # the last number that a range takes, and the first that it does not
     "otr_beta": (1 - 1e-9, 1.0, "at 1 no token learns"),
     "psft_clip": (0.0, -1e-9, "below 0 no token learns"),
     "trust": (1.0, 1.001, "it is a probability"),
+    "prefix_dropped": (1 - 1e-9, 1.0, "the most certain ones, that do not learn"),
     "uniform": (1.0, 1.001, "it is a probability"),
 }
 

@@ -3,10 +3,13 @@
 import ast
 import importlib
 import inspect
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import verl_config
+from datasets import Dataset
 from omegaconf import DictConfig, OmegaConf
 
 from verl_hpt.errors import UserError
@@ -110,7 +113,7 @@ def test_every_name_of_verl_that_a_file_uses_is_in_the_table(file):
     assert uses_of(HOST / file) <= named
 
 
-def test_every_setting_of_verl_that_a_run_reads_is_in_the_table(monkeypatch, tokenizers):
+def test_every_setting_of_verl_that_a_run_reads_is_in_the_table(monkeypatch, tokenizers, tmp_path):
     """What is read is recorded while runs are built and asked for what a step needs."""
     from tiny_run import changed
     from transformers import AutoTokenizer
@@ -127,6 +130,7 @@ def test_every_setting_of_verl_that_a_run_reads_is_in_the_table(monkeypatch, tok
         return node
 
     tokenizer = AutoTokenizer.from_pretrained(next(tokenizers.iterdir()))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
     for overrides in (
         [],
         ["++hpt.method=ppo", "critic.enable=True", "algorithm.adv_estimator=gae"],
@@ -136,8 +140,11 @@ def test_every_setting_of_verl_that_a_run_reads_is_in_the_table(monkeypatch, tok
             "actor_rollout_ref.actor.use_dynamic_bsz=False",
         ],
         ["++hpt.method=asft", "actor_rollout_ref.actor.use_kl_loss=True", "actor_rollout_ref.rollout.temperature=0.7"],
+        ["++hpt.method=prefix_rft", "actor_rollout_ref.rollout.n=4"],
+        ["++hpt.method=chord_mu", "++hpt.stream.files=experts.parquet"],
+        ["++hpt.method=relift"],
     ):
-        config = changed(*overrides)
+        config = changed(*overrides, f"actor_rollout_ref.model.path={tmp_path}")
         with monkeypatch.context() as patch:
             patch.setattr(refusals, "_host", lambda config: ())  # these look through all of `actor`
             patch.setattr(refusals, "_method", lambda *_: ())
@@ -146,7 +153,9 @@ def test_every_setting_of_verl_that_a_run_reads_is_in_the_table(monkeypatch, tok
             run.bind_tokenizer(tokenizer)
             run.plan_settings(1, 1), run.loss_spec(), run.question_fields(), run.length_limit(3)
             [run.log_prob_multiple(1, need) for need in ("old_log_prob", "ref_log_prob")]
-            run.skipped_rollouts(1, [Group("", [0])], [4])
+            run.skipped_rollouts(1, [Group("", [0])], [4]), run.model_type()
+            columns = SimpleNamespace(dataframe=Dataset.from_dict({"prompt": ["p"], "target": ["t"]}))
+            run.check_columns(columns), run.check_stream(columns, columns)
     read = {node._get_full_key(None) for node in nodes}
     read = {path for path in read if not path.startswith("hpt.")}
     assert len(read) > 25 and read <= set(SETTINGS), read - set(SETTINGS)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from engine.batches import Case, Content, announce, contents, model_output, row_batch, whole
-from engine.settings import CUTS, SETTINGS, VOCABULARY
+from engine.settings import CUTS, SETTINGS, STARTED, VOCABULARY
 
 from verl_hpt.gate import GateSettings
 from verl_hpt.host.loss_fn import hpt_loss
@@ -226,6 +226,15 @@ def test_steps_of_only_one_kind(engine, ranks):
     only_demos, only_rollouts = sums("demonstrations only"), sums("rollouts only")
     assert only_demos["hpt/rl_tokens_rollouts"] == [0] and only_demos["hpt/tokens_demos"][0] > 0
     assert only_rollouts["hpt/tokens_demos"] == [0] and only_rollouts["hpt/rl_tokens_rollouts"][0] > 0
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("name", ["uft", "prefix_rft, entropy bonus and KL loss"])
+def test_tokens_of_prefixes_are_the_demonstrations(engine, ranks, name):
+    """verl's mask leaves them out; the loss takes them in."""
+    metrics = engine[ranks][name, "2 fixed"]["metrics"]
+    given = sum(sum(prefixes) for _, _, *of_question in STARTED for prefixes in of_question)
+    assert metrics["hpt/tokens_demos"] == [given] and metrics["hpt/strength_demos"][0] > 0
 
 
 # --- equal steps on every rank --------------------------------------------------------------------------------------

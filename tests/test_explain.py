@@ -61,7 +61,7 @@ def change(path, value):
     ("case", "place"),
     [
         ("{", "is not JSON"),
-        ("[]", "case=[]: must be a mapping with keys hpt, questions, actor, step"),
+        ("[]", "case=[]: must be a mapping with keys hpt, questions, stream, buffer, actor, step"),
         ({"questions": []}, "questions=[]: must be a list of at least 1"),
         ({"questions": [{"uid": "a"}]}, "questions[0]: has neither rollouts nor demos"),
         ({"questions": [CASE["questions"][0]] * 2}, "questions[1].uid='q1': an earlier question has it too"),

@@ -5,7 +5,7 @@ import pytest
 from reference.losses import SOFT
 
 from verl_hpt import gate
-from verl_hpt.gate import DEMO, OFF, RL, Decision, GateSettings, Outcome
+from verl_hpt.gate import BOTH, COLLECT, DEMO, KEEP, OFF, RL, Decision, GateSettings, Outcome
 from verl_hpt.methods import METHODS
 from verl_hpt.plan import PlanSettings, Question, plan
 
@@ -217,3 +217,60 @@ def test_all_solved_is_the_last_entry_of_every_soft_table(n, soft, demo_correct)
     assert (rows[0].on, rows[0].off, rows[0].sft) == tuple(first)
     if n:
         assert (rows[-1].on, rows[-1].off, rows[-1].sft) == tuple(table[-1])
+
+
+# --- demonstrations elsewhere than beside the question's rollouts -----------------------------------------------------
+
+
+def placed(place: str, solved: int, n: int, settings: GateSettings, when="gate", **known) -> Decision:
+    return gate.decide(when, outcome(solved, n, settings), place=place, **known)
+
+
+@pytest.mark.parametrize("n", [0, 1, 4])
+def test_with_a_stream_every_question_trains_on_its_rollouts_whatever_they_score(n):
+    for solved in range(n + 1):
+        assert placed("stream", solved, n, GateSettings(threshold=1.0), "always") is RL
+
+
+@pytest.mark.parametrize("n", range(1, 9))
+def test_a_buffer_collects_where_the_gate_would_imitate_and_its_rollouts_train_all_the_same(n):
+    for settings in (GateSettings(), GateSettings(threshold=0.5), GateSettings(count=2), GateSettings(off=0.75)):
+        for solved in range(n + 1):
+            alone = decide(solved, n, settings)
+            assert placed("buffer", solved, n, settings) is (RL if alone is RL else COLLECT)
+    assert (COLLECT.on, COLLECT.off, COLLECT.sft) == (1, 0, 0) and COLLECT.asks_for_demo
+
+
+def test_a_gate_of_ones_own_sends_to_the_buffer_what_it_takes_from_the_rollouts(monkeypatch):
+    found = {0: DEMO, 1: BOTH, 2: OFF, 3: RL}
+    monkeypatch.setitem(gate.GATES, "mine", lambda outcome: found[outcome.solved])
+    zones = [placed("buffer", solved, 3, GateSettings(function="mine")).zone for solved in range(4)]
+    assert zones == ["collect", "rl", "collect", "rl"]
+
+
+def test_a_question_without_a_rollout_from_nothing_tells_the_buffer_nothing():
+    for collects in ("demonstrations", "successes"):
+        assert placed("buffer", 0, 0, GateSettings(threshold=1.0), collects=collects) is RL
+
+
+@pytest.mark.parametrize(("n", "kept"), [(1, [1]), (2, [1]), (3, [1, 2]), (4, [1, 2, 3]), (8, [1, 2, 3, 4, 5, 6, 7])])
+def test_a_buffer_of_successes_keeps_those_of_partly_solved_questions_and_a_lone_one(n, kept):
+    """A question with one rollout, solved, is kept: nothing says that others would be. No gate has a part in it."""
+    for settings in (GateSettings(), GateSettings(threshold=1.0), GateSettings(count=-1)):
+        found = [placed("buffer", solved, n, settings, collects="successes") for solved in range(n + 1)]
+        assert found == [KEEP if solved in kept else RL for solved in range(n + 1)]
+    assert (KEEP.on, KEEP.off, KEEP.sft) == (1, 0, 0) and not KEEP.asks_for_demo
+
+
+def test_a_success_counts_by_the_gates_score_and_not_where_it_was_cut():
+    settings = GateSettings(success=0.5)
+    rewards, cut = np.array([0.4, 0.5, 0.9]), np.array([False, True, False])
+    assert gate.decide("gate", Outcome(rewards, settings, cut=cut), place="buffer", collects="successes") is KEEP
+    rewards[2] = 0.49
+    assert gate.decide("gate", Outcome(rewards, settings, cut=cut), place="buffer", collects="successes") is RL
+    assert gate.decide("gate", Outcome(rewards, settings), place="buffer", collects="successes") is KEEP
+
+
+def test_without_a_usable_demonstration_nothing_is_collected():
+    assert gate.settle(COLLECT, 0, False, True) is RL and gate.settle(COLLECT, 1, False, True) is COLLECT
+    assert gate.settle(KEEP, 0, False, True) is KEEP

@@ -38,7 +38,7 @@ FIELDS = ("response_mask", "old_log_probs", "ref_log_prob", "rollout_is_weights"
 
 @dataclass
 class Row:
-    """One row's numbers, and its tokens' by position."""
+    """One row's numbers, and its tokens' by position. prefix: tokens of a demonstration that it begins with."""
 
     kind: int
     w_rl: float
@@ -46,6 +46,8 @@ class Row:
     w_entropy: float = 0.0
     advantage: float = 0.0
     reward: float = 0.0
+    prefix: int = 0
+    demo_advantage: float = NAN
     mask: list = field(default_factory=list)
     new: list = field(default_factory=list)
     old: list = field(default_factory=list)
@@ -53,6 +55,7 @@ class Row:
     is_weight: list = field(default_factory=list)
     entropy: list = field(default_factory=list)
     weight: list = field(default_factory=list)
+    critic: list = field(default_factory=list)
 
 
 def rows_of_a_step(seed=0):
@@ -93,7 +96,7 @@ def sent(rows=ROWS, method=METHOD, fields=FIELDS, dp_size=1, **settings):
         (n, row.kind, 0): Content([1, 2, 3], [5] * len(row.mask), row.mask, row.old, row.ref)
         for n, row in enumerate(rows)
     }
-    columns = ("kind", "w_rl", "w_demo", "w_entropy", "advantage", "reward")
+    columns = ("kind", "w_rl", "w_demo", "w_entropy", "advantage", "reward", "prefix", "demo_advantage")
     plan = SimpleNamespace(
         question=np.arange(len(rows)),
         index=np.zeros(len(rows), int),
@@ -107,6 +110,8 @@ def sent(rows=ROWS, method=METHOD, fields=FIELDS, dp_size=1, **settings):
     there = [nothing, *rows, nothing]
     batch["rollout_is_weights"] = jagged([torch.tensor(row.is_weight, dtype=torch.float64) for row in there])
     batch["hpt_token_weights"] = jagged([torch.tensor(row.weight, dtype=torch.float64) for row in there])
+    if "advantages" in fields:
+        batch["advantages"] = jagged([torch.tensor(row.critic or [NAN], dtype=torch.float64) for row in there])
     of = contents(case, plan, layout)
     leaves = [whole(of, [getattr(row, name) for row in there], torch.float64, NAN) for name in ("new", "entropy")]
     leaves = [x.requires_grad_() for x in leaves]

@@ -5,7 +5,16 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from engine.batches import announce, contents, jagged, model_output, random_case, row_batch, whole
+from engine.batches import (
+    announce,
+    contents,
+    jagged,
+    learning_tokens,
+    model_output,
+    random_case,
+    row_batch,
+    whole,
+)
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn, kl_penalty
 from verl.workers.config import ActorConfig, PolicyLossConfig
 from verl.workers.utils.losses import ppo_loss, sft_loss
@@ -15,7 +24,7 @@ from verl_hpt.host.loss_fn import hpt_loss
 from verl_hpt.loss import ROW_FIELD, LossSpec
 from verl_hpt.methods import METHODS
 from verl_hpt.parts import Constants
-from verl_hpt.plan import DEMO, PADDING, PlanSettings, plan
+from verl_hpt.plan import DEMO, PADDING, PlanSettings
 
 LENGTH_SCALE = 24.0
 # Groups of one size: verl divides by rows, the table by questions and then by their rows.
@@ -27,6 +36,8 @@ GROUPS = [
     ([0, 0.5, 0, 1], 1),
     ([0, 1, 1, 0], 1),
 ]
+# The same where a method's demonstrations stand elsewhere: tokens of a prefix; streams and buffers beside.
+PREFIXES = [(0, 0, 2, 7), (3, 3, 0, 0), (5, 0, 5, 4), (1, 0, 0, 0), (0, 0, 0, 0), (2, 3, 4, 5)]
 NEVER, ALWAYS = GateSettings(threshold=-1.0), GateSettings(threshold=1.0)
 
 
@@ -34,11 +45,19 @@ class Step:
     """One optimizer step: the plan's rows, the model's log-probs as a leaf, entropies."""
 
     def __init__(self, method, normalization, gate=NEVER, seed=0, spread=1.8):
-        self.case = random_case(seed, GROUPS)
         self.method = METHODS[method]
-        self.plan = plan(
-            self.case.questions,
-            PlanSettings(self.method, normalization, LENGTH_SCALE, 1.0, gate, questions_per_step=99, rows_multiple=11),
+        place, demo_coef = self.method.place, 0.5 if self.method.convex else 1.0
+        started = [(*group, own) for group, own in zip(GROUPS, PREFIXES, strict=True)]
+        self.case = random_case(
+            seed,
+            started if place == "prefix" else GROUPS,
+            stream=3 * (place == "stream"),
+            buffer=3 * (place == "buffer"),
+        )
+        self.plan = self.case.planned(
+            PlanSettings(
+                self.method, normalization, LENGTH_SCALE, demo_coef, gate, questions_per_step=99, rows_multiple=11
+            )
         )
         self.layout = self.plan.layout
         assert (self.layout == PADDING).any()
@@ -234,9 +253,10 @@ def test_garbage_off_the_mask_cannot_leak(method, garbage):
     settings = {"entropy_coeff": 0.1, "kl_coef": 0.1} if step.method.rollouts is not None else {"kl_coef": 0.0}
     clean = step.ours(**settings)
     assert np.isfinite(clean[0]) and clean[1].isfinite().all() and clean[1].abs().max() > 1e-6
-    off = step.batch["response_mask"].values() == 0
+    learning = learning_tokens(step.case, step.plan, step.layout)
+    off = ~torch.tensor([bool(x) for row in learning for x in row])
     assert off.any()
-    keep = whole(step.rows, [row.mask for row in step.rows], torch.float64, blank=0.0) > 0
+    keep = whole(step.rows, learning, torch.float64, blank=0.0) > 0
     with torch.no_grad():
         step.leaf[~keep] = garbage
         step.entropy[~keep] = garbage

@@ -174,7 +174,8 @@ def test_advantages_over_a_group_by_hand():
 def test_constants_by_value_are_the_papers():
     assert dataclasses.asdict(Constants()) == {
         "clip_low": 0.2, "clip_high": 0.2, "clip_c": 3.0, "shaping": 0.1, "entropy_weight": 0.5, "positive_weight": 0.1,
-        "kl": 0.1, "max_ratio": 100.0, "otr_beta": 0.0, "psft_clip": 0.28, "trust": 0.1, "uniform": 1.0,
+        "kl": 0.1, "max_ratio": 100.0, "otr_beta": 0.0, "psft_clip": 0.28, "trust": 0.1, "prefix_dropped": 0.8,
+        "uniform": 1.0,
     }  # fmt: skip
 
 
@@ -192,6 +193,7 @@ def test_constants_by_value_are_the_papers():
         ("otr_beta", [-1, 0, 1 - 1e-9], [1, 2]),
         ("psft_clip", [0, 2], [-1e-9]),
         ("trust", [1e-9, 1], [0, -1, 1 + 1e-9]),
+        ("prefix_dropped", [0, 1 - 1e-9], [-1e-9, 1]),
         ("uniform", [1e-9, 1], [0, -1, 1 + 1e-9]),
     ],
 )
@@ -201,18 +203,19 @@ def test_ranges_of_the_constants(name, good, bad):
 
 
 NEEDS = {
-    "old_log_prob": {"ppo_clip", "sequence_clip", "psft_clip", "old", "clipped_old", "sequence_old", "mixture"},
+    "old_log_prob": {"ppo_clip", "uncertain_clip", "sequence_clip", "psft_clip", "old", "clipped_old", "sequence_old",
+                     "mixture"},
     "ref_log_prob": {"anchored"},
-    "entropy": {"calm", "excited", "excited_tokens", "centered_excited"},
+    "entropy": {"calm", "excited", "excited_tokens", "centered_excited", "uncertain_clip"},
     "other_log_prob": {"preference"},
     "teacher_log_prob": {"teacher"},
-}
+}  # fmt: skip
 
 
 def test_what_each_part_needs():
     """What is not asked for is not computed, and its part would fail at the first step."""
     own = [part for kind in PARTS.values() for part in kind.values() if part.__module__ == parts.__name__]
-    assert len(own) == 5 + 8 + 11 + 5
+    assert len(own) == 6 + 8 + 13 + 5
     for part in own:
         assert part.needs == {column for column, names in NEEDS.items() if part.part_name in names}, part.part_name
         assert PARTS[part.kind][part.part_name] is part
@@ -223,6 +226,8 @@ def test_what_each_part_needs():
         "against_others": parts.leave_one_out,
         "centered_excited": parts.center,
     }
+    over_starts = {p.part_name: p.over_starts for p in own if p.over_starts is not None}
+    assert over_starts == {"against_plain": parts.over_plain}
 
 
 OF_DEMOS = {
@@ -233,9 +238,12 @@ OF_DEMOS = {
     "psft": {"old_log_prob"},
     "rl_plus": {"old_log_prob"},
     "poft": {"other_log_prob"},
+    "prefix_rft": {"old_log_prob", "entropy"},
+    "g2rpo_a": {"old_log_prob"},
 }
 CLIPPED = {"ppo", "grpo", "dr_grpo", "cispo", "gspo", "hpt", "hpt_off_on", "hpt_mix_on", "hpt_soft", "luffy",
-           "srft_code", "trsft", "superrl", "rl_plus"}  # fmt: skip
+           "srft_code", "trsft", "superrl", "rl_plus", "prefix_rft", "uft", "stephint", "g2rpo_a", "questa", "pope",
+           "guide", "chord_mu", "chord_phi", "amft_style", "relift"}  # fmt: skip
 
 
 def test_what_each_method_needs_in_all_and_on_its_demonstrations():

@@ -21,12 +21,13 @@ import verl
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
-from recipe_bench import METHODS, MODELS, OFFICIAL, RECIPES, Bench
+from recipe_bench import METHODS, MODELS, OFFICIAL, PLACED, RECIPES, Bench
 
 from verl_hpt import config
 from verl_hpt.errors import UserError
 from verl_hpt.gate import Outcome, decide
 from verl_hpt.host import refusals
+from verl_hpt.methods import METHODS as METHODS_TABLE
 from verl_hpt.parts import Tokens, ppo_clip
 
 VERL = Path(verl.__file__).parent
@@ -129,7 +130,7 @@ def test_a_recipe_composes_and_passes_every_check(model, method, bench, base):
     for stage, run in zip(stages, runs, strict=True):
         actor, rollout = run.actor_rollout_ref.actor, run.actor_rollout_ref.rollout
         assert rollout.n == {"luffy": 7, "srft": 7, "sft": 1}.get(stage, 8)
-        assert actor.optim.lr == (1e-6 if stage in ("luffy", "srft") else 5e-6)
+        assert actor.optim.lr == (1e-6 if stage in ("luffy", "srft", *PLACED.values()) else 5e-6)
         assert (run.data.train_batch_size, actor.ppo_mini_batch_size) == (128, 64)
         assert run.trainer.total_training_steps == 500
         assert (run.data.max_prompt_length, run.data.max_response_length, rollout.temperature) == (1024, 8192, 1.0)
@@ -139,6 +140,20 @@ def test_a_recipe_composes_and_passes_every_check(model, method, bench, base):
         assert rollout.max_model_len >= run.data.max_prompt_length + run.data.max_response_length
         if stage != "grpo":
             assert settings_of(run).method == stage and settings_of(run).gate.finished
+
+
+@pytest.mark.parametrize(("recipe", "method"), PLACED.items())
+def test_a_recipe_of_one_method_trains_that_on_the_papers_model(recipe, method, bench, base):
+    bench.run(recipe, METHOD="sft", STREAM_FILE="experts.parquet")
+    (call,) = bench.calls("train")
+    run = check(call, base)
+    settings = settings_of(run)
+    assert settings.method == method and run.actor_rollout_ref.rollout.n == 8
+    assert settings.stream == (config.Stream("experts.parquet", 256) if method == "chord_mu" else config.Stream())
+    assert config.start_of(settings, METHODS_TABLE[method]).rollouts == (1 if method == "prefix_rft" else "all")
+    bench.run("qwen2.5_math_7b", METHOD=method)
+    (same,) = bench.calls("train")
+    assert [arg for arg in call if "stream.files" not in arg] == [arg for arg in same if "stream.files" not in arg]
 
 
 @pytest.mark.filterwarnings("ignore:Disabled critic")
@@ -225,7 +240,7 @@ def test_arguments_override_the_recipe(bench):
 @pytest.mark.parametrize(
     "env, says",
     [
-        ({"METHOD": "dpo"}, "choose hpt, luffy, srft, grpo, sft or sft_then_grpo"),
+        ({"METHOD": "dpo"}, "choose hpt, luffy, srft, prefix_rft, chord_mu, relift, grpo, sft or sft_then_grpo"),
         ({"METHOD": "grpo", "OFFICIAL": "1"}, "published code for hpt, luffy and srft only"),
     ],
 )
@@ -346,7 +361,7 @@ def test_a_wrong_key_or_value_fails(wrong, error, bench, base):
 
 
 def test_every_recipe_has_a_header_and_is_named_here():
-    tested = {*MODELS, "evaluate", "quickstart", "gsm8k_cpu"}
+    tested = {*MODELS, *PLACED, "evaluate", "quickstart", "gsm8k_cpu"}
     sourced = {"math", "cpu_env"}
     assert {p.stem for p in RECIPES.glob("*.sh")} == tested | sourced
     for name in tested:

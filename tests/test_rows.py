@@ -12,9 +12,9 @@ from verl.workers.utils.padding import (
     response_to_nested,
 )
 
-from verl_hpt.host.rows import ENGINE_FIELDS, PADDING_PROMPT, padding_row, token_fields
+from verl_hpt.host.rows import ENGINE_FIELDS, PADDING_PROMPT, AddedRow, padding_row, token_fields
 
-ROWS = [([5, 6, 7], [8, 9], [1, 1]), ([4], [3, 2, 1, 0], [1, 0, 0, 1]), padding_row(99)]
+ROWS = [AddedRow([5, 6, 7], [8, 9], [1, 1]), AddedRow([4], [3, 2, 1, 0], [1, 0, 0, 1]), padding_row(99)]
 INTEGERS = dict.fromkeys(ENGINE_FIELDS, torch.int64)
 
 
@@ -35,7 +35,7 @@ def test_every_field_by_value():
 
 
 def test_a_padding_row_has_a_prompt_and_one_token_that_does_not_learn():
-    assert padding_row(7) == ([7] * PADDING_PROMPT, [7], [0]) and PADDING_PROMPT >= 1
+    assert padding_row(7) == AddedRow([7] * PADDING_PROMPT, [7], [0], None) and PADDING_PROMPT >= 1
 
 
 def test_columns_are_jagged_along_their_tokens():
@@ -79,6 +79,6 @@ def test_verls_engine_cuts_the_answers_out_of_its_own_output():
 
 def test_prompts_may_come_as_arrays_and_are_not_changed():
     prompt = np.array([5, 6], dtype=np.int32)
-    fields = token_fields([(prompt, [7], [1])], INTEGERS)
+    fields = token_fields([AddedRow(prompt, [7], [1])], INTEGERS)
     assert lists(fields["input_ids"]) == [[5, 6, 7]] and fields["input_ids"].dtype == torch.int64
     assert prompt.tolist() == [5, 6]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -17,45 +16,15 @@ import numpy as np
 
 from verl_hpt.demos.demonstration import COLUMNS
 from verl_hpt.errors import UserError, checked, nearest, raise_all, read, setting
-from verl_hpt.estimator import Estimator, Method, Term
+from verl_hpt.estimator import Estimator, Method, Place, Term
 from verl_hpt.gate import GATES, GateSettings, Outcome, arguments, ask
 from verl_hpt.methods import METHODS, OFF_ZONE
 from verl_hpt.normalize import NORMALIZATIONS
 from verl_hpt.parts import KINDS, PARTS, Constants
+from verl_hpt.places.schedule import Schedule, Steered, at
+from verl_hpt.places.starts import Start, merged
 
 Normalization = Literal[NORMALIZATIONS]
-
-
-@checked
-class Schedule:
-    """A number that changes over steps: from start at step 0 to end at step ``steps``, then end."""
-
-    start: float = setting(..., "at step 0")
-    end: float = setting(..., "from step `steps` on")
-    steps: int = setting(..., "how many steps the change takes, after the warm-up", ge=1)
-    shape: Literal["linear", "cosine", "step"] = setting("linear", "`step`: start until after step `steps`, then end")
-    warmup: int = setting(0, "steps over which it first rises from 0 to start, in a line", ge=0)
-
-    def __ge__(self, bound: float) -> bool:
-        """A bound of a setting holds for both ends of its schedule."""
-        return min(self.start, self.end) >= bound
-
-    def at(self, step: int) -> float:
-        """The number at a step; verl's first is 1."""
-        if step < self.warmup:
-            return self.start * max(step, 0) / self.warmup
-        step -= self.warmup
-        if self.shape == "step":
-            return self.start if step <= self.steps else self.end
-        done = min(max(step / self.steps, 0.0), 1.0) if self.steps > 0 else 1.0
-        if self.shape == "cosine":
-            done = (1 - math.cos(math.pi * done)) / 2
-        return self.start + (self.end - self.start) * done
-
-
-def at(value: float | Schedule | None, step: int) -> float | None:
-    """The number that a setting is at a step."""
-    return value.at(step) if isinstance(value, Schedule) else value
 
 
 @checked
@@ -158,6 +127,21 @@ class SourceSettings:
 
 
 @checked
+class Stream:
+    files: str | list[str] | None = setting(None, "parquet files of demonstrations, in the form of the training data's")
+    batch: int = setting(64, "demonstrations a step", ge=1)
+
+
+@checked
+class Buffer:
+    size: int = setting(128, "entries that an optimizer step of the buffer takes; it waits for so many", ge=1)
+    content: Literal["demonstrations", "successes"] = setting(
+        "demonstrations",
+        "of questions that the gate sends to them; or own solved rollouts of questions that are partly solved",
+    )
+
+
+@checked
 class ComposedTerm:
     kind: Literal["S", "R"] = setting(..., "S imitates, R reinforces")
     scale: float = setting(1.0, "its weight; or leave the term out", gt=0)
@@ -172,7 +156,9 @@ class Compose:
         "dr_grpo", "a method's name, or {mask, reference, advantage, likelihood}; null: no term on rollouts"
     )
     demos: list[ComposedTerm] = setting(list, "terms on demonstrations, one S and one R at most")
-    place: Literal["separate", "group"] = setting("separate", "group: a member of the rollouts' group")
+    place: Place = setting(
+        "separate", "where demonstrations stand: by themselves, in the rollouts' group, or elsewhere"
+    )
     when: Literal["gate", "always", "never", "soft", "unrewarded", "own"] = setting("gate", "when demonstrations train")
     normalization: Normalization = setting("question", "as hpt.normalization")
 
@@ -196,7 +182,9 @@ Options = _constants_as(
 class Settings:
     method: str = setting("hpt", "a row of `verl-hpt methods`")
     normalization: Normalization | None = setting(None, "how a row's tokens are weighted; null: the method's own")
-    demo_coef: float | Schedule = setting(0.1, "λ, weight of SFT-shaped terms; see metric hpt/demo_to_rl_weight", ge=0)
+    demo_coef: float | Schedule | Steered | None = setting(
+        None, "λ, weight of SFT-shaped terms (metric hpt/demo_to_rl_weight); null: the method's own, mostly 0.1", ge=0
+    )
     rl_length_scale: float | None = setting(
         None, "L of normalization `question` and `official`; null: data.max_response_length", gt=0
     )
@@ -213,6 +201,9 @@ class Settings:
     demo: Demo = setting(Demo, "where demonstrations come from, and which of them are used")
     rollouts: Rollouts = setting(Rollouts, "what becomes of rollouts that were cut")
     history: History = setting(History, "what follows from a question's history")
+    start: Start | None = setting(None, "how rollouts start from demonstrations; null: the method's own")
+    stream: Stream = setting(Stream, "demonstrations beside the questions")
+    buffer: Buffer = setting(Buffer, "demonstrations that are collected, and trained on in steps of their own")
     seed: int = setting(0, "of the order of questions and of the choice of demonstrations")
 
     def __post_init__(self):
@@ -255,6 +246,16 @@ def _over(general: Any, source: Any) -> Any:
     switch = {"threshold", "count", "function"}
     replaced = switch | {"kwargs"} if switch & own.keys() else set()
     return {**source, "gate": {name: value for name, value in general.items() if name not in replaced} | {**own}}
+
+
+def demo_coef(settings: Settings, method: Method) -> float | Schedule | Steered:
+    """λ of a run."""
+    return method.demo_coef if settings.demo_coef is None else settings.demo_coef
+
+
+def start_of(settings: Settings, method: Method) -> Start:
+    """How the rollouts of a run start."""
+    return merged(settings.start, method.start)
 
 
 def gates(settings: Settings) -> dict[str, Gate]:

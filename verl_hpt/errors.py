@@ -31,7 +31,7 @@ def raise_all(problems: list[str], head: str) -> None:
 
 WORDS = {"number": "a number", "integer": "a whole number", "string": "text", "boolean": "true or false"}
 WORDS |= {"null": "null", "array": "a list", "object": "a mapping"}
-BOUNDS = {"minimum": "at least", "ge": "at least", "exclusiveMinimum": "above", "maximum": "at most",
+BOUNDS = {"minimum": "at least", "ge": "at least", "exclusiveMinimum": "above", "maximum": "at most", "le": "at most",
           "exclusiveMaximum": "below", "minItems": "of at least"}  # fmt: skip
 MOST = 50  # problems that one message lists: a row has thousands of numbers
 WRONG_KEY = ("unexpected_keyword_argument", "extra_forbidden", "invalid_key")  # pydantic's names of errors
@@ -113,12 +113,16 @@ def _members(schema: dict) -> list[dict]:
     return [member for member in members if member.get("type") != "null"]
 
 
-def _place(loc: tuple, schema: dict) -> tuple[tuple, dict, list[str]]:
-    """An error's path without the alternatives that pydantic tried, the schema there, and the known keys beside it."""
-    steps, beside, loc = [], [], [part for part in loc if part != "[key]"]
+def _place(loc: tuple, schema: dict) -> tuple[tuple, dict, list[str], tuple]:
+    """An error's path without the alternatives that pydantic tried, the schema there, the known keys beside it, and
+    the alternatives that are mappings, each with the path at which it was tried."""
+    steps, beside, tried, loc = [], [], [], [part for part in loc if part != "[key]"]
     while loc[len(members := _members(schema)) > 1 :]:
         if len(members) > 1:
-            loc.pop(0)
+            kind = loc.pop(0)
+            if mapping := [member for member in members if "properties" in member and member["title"] == kind]:
+                tried.append((tuple(steps), kind))
+                members = mapping
         name = loc.pop(0)
         steps.append(f"[{name}]" if isinstance(name, int) and any("items" in m for m in members) else f".{name}")
         beside = [name for member in members for name in member.get("properties", ())]
@@ -127,16 +131,29 @@ def _place(loc: tuple, schema: dict) -> tuple[tuple, dict, list[str]]:
             for member in members
         ]
         schema = next((item for item in inner if isinstance(item, dict)), {})
-    return tuple(steps), schema, beside
+    mappings = {member["title"] for member in _members(schema) if "properties" in member}
+    tried += [(tuple(steps), kind) for kind in loc if kind in mappings]  # one that is wrong as a whole
+    return tuple(steps), schema, beside, tuple(tried)
+
+
+def _nearest_alternatives(placed: list[tuple]) -> list[tuple]:
+    """Of several mappings that a value could be, the errors of the one whose keys are most like its own."""
+    misfits: dict[tuple, dict[str, int]] = {}
+    for kind, _, steps, _, _, tried in placed:
+        for place, name in tried:
+            of_place = misfits.setdefault(place, {})
+            of_place[name] = of_place.get(name, 0) + (len(steps) == len(place) + 1) * (kind in ("missing", *WRONG_KEY))
+    best = {place: min(counts, key=counts.get) for place, counts in misfits.items()}
+    return [one for one in placed if all(best[place] == name for place, name in one[-1])]
 
 
 def _sentences(errors: list[dict], schema: dict, root: str) -> Iterator[str]:
     """One sentence a place: of a union's alternatives the one that fits a value's form has the helpful problem."""
-    placed = [(error["type"], error, *_place(error["loc"], schema)) for error in errors]
+    placed = _nearest_alternatives([(error["type"], error, *_place(error["loc"], schema)) for error in errors])
     inner = {steps[:i] for _, _, steps, *_ in placed for i in range(len(steps))}
     inner |= {steps for kind, _, steps, *_ in placed if not kind.endswith("_type")}
     done = set()
-    for kind, error, steps, of_value, beside in placed:
+    for kind, error, steps, of_value, beside, _ in placed:
         value, lack = error["input"], kind == "missing"
         place = steps[:-1] if lack else steps
         if (place, lack) in done or (kind.endswith("_type") and steps in inner):
@@ -163,7 +180,9 @@ def _must(kind: str, value: Any, schema: dict) -> str:
     if kind == "string_too_short":
         return f"{describe(schema)}, and not empty"
     if kind == "literal_error":
-        return describe(schema) + nearest(value, [name for member in _members(schema) for name in member["enum"]])
+        return describe(schema) + nearest(
+            value, [name for member in _members(schema) for name in member.get("enum", ())]
+        )
     if kind.endswith("_type"):
         got = "" if value is None or "properties" in schema else f", got {type(value).__name__}"
         return describe(schema) + got
@@ -177,6 +196,8 @@ def describe(schema: dict, among: bool = False) -> str:
         text = " or ".join(sorted((describe(part, several) for part in parts), key=lambda word: word != "null"))
     elif "enum" in schema:
         text = f"one of {', '.join(map(str, schema['enum']))}"
+    elif "const" in schema:
+        text = repr(schema["const"])
     elif "properties" in schema:
         keys = ", ".join(schema["properties"])
         text = f"a {schema['title'].lower()} {{{keys}}}" if among else f"a mapping with keys {keys}"

@@ -19,6 +19,12 @@ from torch import Tensor
 from verl_hpt import parts
 from verl_hpt.normalize import NORMALIZATIONS
 from verl_hpt.parts import KINDS, Part, Tokens
+from verl_hpt.places.schedule import Schedule, Steered
+from verl_hpt.places.starts import Start
+
+Place = Literal["separate", "group", "prefix", "hint", "stream", "buffer"]
+STARTS = ("prefix", "hint")  # places at which a rollout starts from a demonstration
+BESIDE = ("stream", "buffer")  # places at which demonstrations are rows without rollouts of their question
 
 
 @dataclass(frozen=True)
@@ -93,19 +99,29 @@ class RowTerms:
 
 @torch.no_grad()
 def row_terms(method: Method, tokens: Tokens, is_demo: Tensor) -> RowTerms:
-    """Coefficients of the method's terms on every token; is_demo: (rows, 1) bool.
+    """Coefficients of the method's terms on every token; is_demo: (rows, 1) bool, rows that are a demonstration.
 
-    Under w_rl stands the rollouts' estimator on rollouts and the R term on demonstrations; under w_demo the S term, on
-    either (S³FT imitates own rollouts). The value of an S term is coefficient · log π.
+    Under w_rl stands the rollouts' estimator on a rollout's own tokens and the R term on a demonstration's, be they a
+    row or the prefix of one; under w_demo the S term, on either (S³FT imitates own rollouts), but where a row has a
+    prefix on that alone. The value of an S term is coefficient · log π.
     """
-    nothing = (tokens.zeros(), tokens.zeros(), tokens.ones())
-    rl, value, keep = nothing if method.rollouts is None else evaluate(method.rollouts, tokens)
+    nothing, of_rollouts, of_demos = (tokens.zeros(), tokens.zeros(), tokens.ones()), tokens, tokens
+    if tokens.prefix is not None:
+        started = tokens.prefix.any(-1, keepdim=True)
+        imitated = torch.where(started, tokens.prefix, tokens.mask)
+        of_rollouts = replace(tokens, averaged=tokens.mask & ~tokens.prefix)
+        of_demos, is_demo = replace(tokens, averaged=imitated), is_demo | tokens.prefix
+    rl, value, keep = nothing if method.rollouts is None else evaluate(method.rollouts, of_rollouts)
     if method.r_estimator is not None:
-        on_demo = evaluate(method.r_estimator, tokens)
+        on_demo = evaluate(method.r_estimator, of_demos)
         rl, value, keep = (torch.where(is_demo, d, r) for d, r in zip(on_demo, (rl, value, keep), strict=True))
+    elif tokens.prefix is not None:  # without an R term the tokens of a prefix have no part in the RL sum
+        rl, value, keep = (x.masked_fill(tokens.prefix, to) for x, to in ((rl, 0.0), (value, 0.0), (keep, 1.0)))
     if method.s_estimator is None:
         return RowTerms(rl, nothing[0], value, nothing[0], keep)
-    demo = coefficient(method.s_estimator, tokens)
+    demo = coefficient(method.s_estimator, of_demos)
+    if tokens.prefix is not None:
+        demo = demo.masked_fill(~imitated, 0.0)
     return RowTerms(rl, demo, value, demo * tokens.log_prob, keep)
 
 
@@ -129,11 +145,18 @@ class Method:
         rollouts: estimator of the model's own rollouts; None: the method trains on demonstrations only.
         demos: terms on demonstrations, at most one of each kind.
         place: "separate": a demonstration stands by itself; "group": it is a member of its question's group, and Â is
-            taken over both.
+            taken over both; "prefix": a rollout continues its first tokens; "hint": it stands in a rollout's prompt,
+            and none of its tokens learns; "stream": a file's stand beside the questions; "buffer": those of questions
+            that the gate sends to them are collected, and trained on in optimizer steps of their own.
         when: "gate": a demonstration instead of the rollouts where the gate says so; "always": beside them;
             "never": no demonstrations; "soft": shares of both by ``hpt.gate.soft``; "unrewarded": instead of the
             rollouts where no rollout has a reward above 0 (SuperRL); "own": the question's own correct rollout is
             the demonstration where there is one (S³FT), else the data's.
+        baseline: what Â of a started rollout is taken over: "start": rollouts that start alike; "group": all.
+        rescored: rollouts with a hint are trained on the prompt without it, with the log-probs of the one with it as
+            π_old (Guide, OC-GRPO).
+        convex: the rollouts' terms have the weight 1 − λ.
+        demo_coef: λ where ``hpt.demo_coef`` is null. start: what of ``hpt.start`` is null.
         off_zone: the R term of the zone between ``gate.threshold`` and ``gate.off``, where that zone is switched on.
         normalization: the method's own (``hpt.normalization`` null).
         source: arXiv id and place (numbers not all checked at the source); formula: w on rollouts / on demonstrations.
@@ -144,9 +167,14 @@ class Method:
     name: str
     rollouts: Estimator | None
     demos: tuple[Term, ...] = ()
-    place: Literal["separate", "group"] = "separate"
+    place: Place = "separate"
     when: Literal["gate", "always", "never", "soft", "unrewarded", "own"] = "never"
     normalization: str = "question"
+    baseline: Literal["start", "group"] = "start"
+    rescored: bool = False
+    convex: bool = False
+    demo_coef: float | Schedule | Steered = 0.1
+    start: Start | None = None
     off_zone: Term | None = None
     source: str = ""
     formula: str = ""
@@ -187,6 +215,8 @@ class Method:
                     "train nothing; set its advantage to unit"
                 )
         r_term = self.term("R")
+        if (problem := self._misplaced()) is not None:
+            raise ValueError(f"method {self.name!r} (place={self.place!r}): {problem}")
         if self.place == "separate" and r_term is not None and r_term.estimator.advantage.over_group is not None:
             raise ValueError(
                 f"method {self.name!r}: a demonstration that stands by itself has no group to take "
@@ -195,8 +225,34 @@ class Method:
         if self.place == "group" and (self.rollouts is None or self.when != "always"):
             raise ValueError(f"method {self.name!r}: a member of the group stands always, beside rollouts")
 
+    def _misplaced(self) -> str | None:
+        """What contradicts the place of its demonstrations, or None."""
+        r_term, beside = self.term("R"), self.place in BESIDE
+        over_starts = [e for e in self.estimators() if e.advantage.over_starts is not None]
+        if self.place not in ("separate", "group") and self.rollouts is None:
+            return "its demonstrations stand with rollouts, and it has nothing for those"
+        if over_starts and (self.place != "prefix" or over_starts != [self.r_estimator]):
+            return f"{over_starts[0].advantage.part_name} is the advantage of a prefix's R term alone"
+        r_scale = 1.0 if r_term is None else r_term.scale
+        if self.place == "prefix" and (self.when not in ("always", "never") or r_scale != 1):
+            return "a prefix learns wherever it stands (when='always'), and its R term has scale 1"
+        if self.place == "hint" and self.demos:
+            return "no token of a hint learns; leave its terms on demonstrations out"
+        if beside and (r_term is not None or self.when != {"stream": "always", "buffer": "gate"}[self.place]):
+            return "it takes one S term, when='always' for a stream and when='gate' for a buffer"
+        if (self.rescored and self.place != "hint") or (self.convex and self.place != "stream"):
+            return "only hints are rescored, and only a stream's weights are convex"
+        if self.start is not None and self.place not in STARTS:
+            return "start says how rollouts start from demonstrations, with place 'prefix' or 'hint'"
+        return None
+
     def term(self, kind: str) -> Term | None:
         return next((term for term in self.demos if term.kind == kind), None)
+
+    @property
+    def reads_demos(self) -> bool:
+        """Whether demonstrations of the questions matter to it."""
+        return self.place != "stream" and bool(self.demos or self.place in STARTS)
 
     @property
     def r_estimator(self) -> Estimator | None:

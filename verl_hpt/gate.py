@@ -52,8 +52,8 @@ class GateSettings:
 class Decision:
     """What one question trains on: factors on its rollouts, on its demonstrations' R terms and on their S terms.
 
-    zone is "rl", "demo", "off", "both", "soft", "own" or "none", for metrics and for people. if_wrong: what it becomes
-    where no demonstration that is shown counts as right.
+    zone is "rl", "demo", "off", "both", "soft", "own", "collect", "keep" or "none", for metrics and for people.
+    if_wrong: what it becomes where no demonstration that is shown counts as right.
     """
 
     zone: str
@@ -65,7 +65,7 @@ class Decision:
     @property
     def asks_for_demo(self) -> bool:
         """Whether the question's demonstrations must be read."""
-        return self.zone != "own" and bool(self.off or self.sft or self.if_wrong)
+        return self.zone != "own" and bool(self.off or self.sft or self.if_wrong or self.zone == "collect")
 
 
 RL = Decision("rl", 1.0, 0.0, 0.0)
@@ -73,6 +73,8 @@ DEMO = Decision("demo", 0.0, 1.0, 1.0)
 OFF = Decision("off", 0.0, 1.0, 0.0)
 BOTH = Decision("both", 1.0, 1.0, 1.0)
 OWN = Decision("own", 0.0, 0.0, 1.0)  # imitates its own correct rollout
+COLLECT = Decision("collect", 1.0, 0.0, 0.0)  # its rollouts train, its demonstration goes to the buffer
+KEEP = Decision("keep", 1.0, 0.0, 0.0)  # its rollouts train, its first correct one goes to the buffer
 NOTHING = Decision("none", 0.0, 0.0, 0.0)
 
 
@@ -92,7 +94,8 @@ class Outcome:
     """What a gate knows of one question at one step.
 
     Attributes:
-        rewards: (n,) verifier's score of each rollout that came back (failed sessions are not among them).
+        rewards: (n,) verifier's score of each rollout that came back (failed sessions are not among them, nor rollouts
+            that started from a demonstration).
         settings: the gate's, of the question's data source.
         scores: (n,) what ``gate.success`` is compared with (``hpt.gate.metric``); None: rewards.
         cut: (n,) bool, rollouts that were cut at the length limit and therefore never count; None: all count.
@@ -175,13 +178,24 @@ def always_demo(settings: GateSettings, n: int) -> bool:
     return settings.function is None and _limit(settings.threshold, settings.count, n) >= n
 
 
-def decide(when: str, outcome: Outcome, trains_rollouts: bool = True) -> Decision:
-    """What a question trains on, by its method's rule ``when`` (``estimator.Method``) and the gate.
+def decide(
+    when: str, outcome: Outcome, trains_rollouts: bool = True, place: str = "separate", collects: str = "demonstrations"
+) -> Decision:
+    """What a question trains on, by its method's rule ``when``, its ``place`` (``estimator.Method``) and the gate.
 
-    γ < 0 never fires, γ ≥ 1 always does. trains_rollouts: whether the method has a term on rollouts.
+    γ < 0 never fires, γ ≥ 1 always does. trains_rollouts: whether the method has a term on rollouts. A question without
+    a rollout that started from nothing tells the gate nothing: with a buffer, it trains on the others.
+
+    collects: what a buffer takes: "demonstrations" of questions that the gate sends to them, or "successes", of
+    questions of which some rollouts are solved and some are not.
     """
+    if place == "buffer" and collects == "successes":
+        return KEEP if 0 < outcome.solved < max(outcome.n, 2) else RL
+    if place == "buffer":
+        asked = decide(when, outcome) if outcome.n else RL
+        return RL if asked.on else COLLECT
     settings, n = outcome.settings, outcome.n
-    if when == "never":
+    if when == "never" or place == "stream":
         return RL
     if when == "always":
         return BOTH if trains_rollouts else DEMO

@@ -24,6 +24,7 @@ from verl_hpt.config import Settings, gates
 from verl_hpt.demos.demonstration import Demonstration, plain
 from verl_hpt.errors import UserError
 from verl_hpt.gate import NEVER_DRAWN, Remembered
+from verl_hpt.places.starts import Start
 from verl_hpt.plan import DEMO, Plan, Question
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ class Record:
 
     solved: Count = 0  # rollouts of the last draw that were solved
     rollouts: Count = 0  # rollouts of the last draw that came back
-    drawn: Count = 0  # draws that the update saw
+    drawn: Count = 0  # draws that the update saw, of which a rollout started from nothing
     failures: Count = 0  # draws in a row, the last one included, of which no rollout was solved
     uses: Count = 0  # draws at which it trained on demonstrations
     drawn_at: Count = 0  # step of the last draw
@@ -109,8 +110,8 @@ LISTINGS = {
 
 @dataclass(frozen=True, order=True)
 class Draw:
-    """One draw of a question. places: those of the demonstrations that it trained on, in order; on_rl: whether it
-    trained on its rollouts."""
+    """One draw of a question, by its rollouts that started from nothing. places: those of the demonstrations that it
+    trained on, in order; on_rl: whether it trained on its rollouts."""
 
     key: str
     solved: int
@@ -286,8 +287,8 @@ def meaning(settings: Settings) -> dict[str, Any]:
 class Lifecycle:
     """The history of a run, and the rules of ``hpt.history``."""
 
-    def __init__(self, settings: Settings, rollouts: int):
-        self.settings, self.history = settings, History(meaning(settings), 0.0)
+    def __init__(self, settings: Settings, rollouts: int, start: Start | None = None):
+        self.settings, self.history, self.start = settings, History(meaning(settings), 0.0), start
         gate = settings.history.early_gate
         if gate is not None and gate.rollouts >= rollouts:
             raise UserError(
@@ -301,6 +302,7 @@ class Lifecycle:
         rules, select = self.settings.history, self.settings.demo.select
         names = {f"hpt.history.{name}": getattr(rules, name) for name in ("retire_after", "cooldown", "early_gate")}
         names[f"hpt.demo.select={select}"] = select in ("round_robin", "unseen_first")
+        names["hpt.start.after_failures"] = self.start is not None and self.start.after_failures
         return [name for name, on in names.items() if on]
 
     def skipped_rollouts(self, keys: Sequence[str], rollouts: Sequence[int]) -> list[int] | None:
@@ -342,11 +344,15 @@ class Lifecycle:
             demos: those that each question is shown, as the plan's rows index them.
         """
         places: list[list[int]] = [[] for _ in questions]
-        for row in np.flatnonzero(plan.kind == DEMO):
+        for row in np.flatnonzero((plan.kind == DEMO) & (plan.question < len(questions))):
             places[plan.question[row]].append(demos[plan.question[row]][plan.index[row]].index)
+        started_from_nothing = [question.started_at == 0 for question in questions]
         draws = [
-            Draw(group.key, int(solved.sum()), len(solved), tuple(sorted(shown)), bool(decision.on > 0))
-            for group, solved, shown, decision in zip(groups, plan.solved, places, plan.decisions, strict=True)
+            Draw(group.key, int(solved[plain_].sum()), int(plain_.sum()), tuple(sorted(shown)), bool(decision.on > 0))
+            for group, solved, plain_, shown, decision in zip(
+                groups, plan.solved, started_from_nothing, places, plan.decisions, strict=True
+            )
+            if plain_.any() or not len(plain_)  # rollouts that all started from a demonstration say nothing
         ]
         self.history.observe(step, draws)
         skipped = np.array([question.skipped_rollouts for question in questions], dtype=int)

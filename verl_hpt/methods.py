@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from verl_hpt import parts
 from verl_hpt.estimator import Estimator, Method, Term
+from verl_hpt.places.schedule import Schedule, Steered
+from verl_hpt.places.starts import Adapted, Chunks, Start, Uniform
 
 _DR_GRPO = Estimator(parts.ppo_clip, parts.old)
 _GRPO = Estimator(parts.ppo_clip, parts.old, parts.standardized)
@@ -100,5 +102,53 @@ _DEMO_METHODS = (
            normalization="sequence", source="2412.12865 eq. 5", formula="– / S: σ(m̄ − m) a sequence"),
 )  # fmt: skip
 
-for _method in (*_ROLLOUT_METHODS, *_DEMO_METHODS):
+# Demonstrations elsewhere than beside the rollouts of their question or in their group.
+_FADING = Schedule(0.95, 0.05, 300, "cosine")
+_CHORD = dict(place="stream", when="always", normalization="token", convex=True)
+_PLACED_METHODS = (
+    Method("prefix_rft", _DR_GRPO, (Term("R", Estimator(parts.uncertain_clip, parts.old, parts.against_plain)),),
+           place="prefix", when="always", source="2507.01679 eq. 2–3, published code",
+           start=Start(Uniform(Schedule(0.95, 0.0, 300, "cosine"), 0.95), rollouts=1),
+           formula="1_clip·r·(R−mean), continuations 1_clip·r·R / prefix R: 1_clip·r·(R−mean)/k, top 20% entropy",
+           unverified="steps of the cosine; which of the three estimators of its published code the paper ran"),
+    Method("uft", _GRPO, (Term("S", _SFT),), place="prefix", when="always", normalization="token",
+           baseline="group", demo_coef=0.001, source="2505.16984, published code",
+           start=Start(Chunks(5, _FADING), rollouts="all", until=300),
+           formula="1_clip·r·(R−mean)/(std+1e-6) / prefix S: 1",
+           approximate="fifths of the tokens, where the published code cuts between sentences"),
+    Method("stephint", _GRPO, place="prefix", normalization="sequence", baseline="group",
+           start=Start([0.0, 0.0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75], rollouts="all"), source="2507.02841",
+           formula="1_clip·r·(R−mean)/(std+1e-6) / prefix frozen",
+           unverified="levels, baseline and where steps are cut"),
+    Method("g2rpo_a", _GRPO, (Term("R", _GRPO),), place="prefix", when="always", normalization="sequence",
+           baseline="group", start=Start(Adapted(3072), rollouts=2), source="2508.13023, published code",
+           formula="1_clip·r·(R−mean)/(std+1e-6) / prefix R: the same"),
+    Method("questa", _GRPO, place="hint", normalization="sequence", source="2507.13266, published code",
+           start=Start(0.5, rollouts="all", min_length=10), formula="1_clip·r·(R−mean)/(std+1e-6) with a hint",
+           unverified="the step at which half of the solution becomes a quarter"),
+    Method("pope", _GRPO, place="hint", normalization="sequence", source="2601.18779",
+           start=Start(0.5, rollouts=4, after_failures=1), formula="1_clip·r·(R−mean)/(std+1e-6), hints if hard",
+           unverified="all numbers"),
+    Method("guide", _GRPO, place="hint", normalization="sequence", baseline="group", rescored=True,
+           source="2506.13923; 2607.19313", start=Start(1.0, rollouts=4, after_failures=1),
+           formula="1_clip·r·(R−mean)/(std+1e-6), hinted: r = π_θ(y|x)/π_old(y|x,h)",
+           unverified="the ratio, of two independent notes",
+           approximate="hints come at the next draw of a failed question, where the paper samples again at once"),
+    Method("chord_mu", _GRPO, (Term("S", _SFT),), demo_coef=Schedule(0.9, 0.05, 200, "cosine"), **_CHORD,
+           source="2508.11408 eq. 1–3, published code", formula="(1−μ)·1_clip·r·(R−mean)/(std+1e-6) / stream S: μ",
+           unverified="steps of the cosine: 200 in section 4.3, 30 in appendix A.1"),
+    Method("chord_phi", _GRPO, (Term("S", Estimator(reference=parts.one, advantage=parts.doubt)),), demo_coef=0.1,
+           **_CHORD, source="2508.11408 eq. 5–6, published code",
+           formula="(1−μ)·1_clip·r·(R−mean)/(std+1e-6) / stream S: μ·sg(p(1−p))"),
+    Method("amft_style", _GRPO, (Term("S", _SFT),), demo_coef=Steered(0.5, 0.3), **_CHORD, source="2508.06944",
+           formula="(1−μ)·1_clip·r·(R−mean)/(std+1e-6) / stream S: μ, which follows the entropy",
+           approximate="experimental: the entropy half of its controller alone, without the meta-gradient",
+           unverified="target and rate; the sign is disputed"),
+    Method("relift", _DR_GRPO, (Term("S", _SFT),), place="buffer", when="gate", normalization="official", demo_coef=1.0,
+           source="2506.07527, published code", formula="1_clip·r·(R−mean) / buffer S: 1, in steps of its own",
+           unverified="whether its rollouts' loss is a token mean or a sum over L; Adam makes both nearly the same",
+           approximate="one optimizer for both, where the published code has a second one; one entry a question"),
+)  # fmt: skip
+
+for _method in (*_ROLLOUT_METHODS, *_DEMO_METHODS, *_PLACED_METHODS):
     register_method(_method)

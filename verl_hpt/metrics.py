@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from verl_hpt import gate
+from verl_hpt.estimator import STARTS, RowTerms
 from verl_hpt.loss import Block
 from verl_hpt.plan import DEMO, PADDING, ROLLOUT, Plan, PlanSettings, Question
 
@@ -28,16 +30,16 @@ def of_plan(plan: Plan, questions: Sequence[Question], settings: PlanSettings, c
     if not questions:
         return {"hpt/questions": 0.0}
     zones = Counter(decision.zone for decision in plan.decisions)
-    solved = [each.mean() if len(each) else 0.0 for each in plan.solved]
-    rollouts = np.array([len(q.rewards) for q in questions])
+    plain = [question.started_at == 0 for question in questions]
+    solved = [each[of].mean() if of.any() else 0.0 for each, of in zip(plan.solved, plain, strict=True)]
+    rollouts = np.array([of.sum() for of in plain])
     on_rl = np.array([decision.on > 0 for decision in plan.decisions])
-    taught = np.unique(plan.question[plan.kind == DEMO])
+    taught = np.unique(plan.question[(plan.kind == DEMO) & (plan.question < len(questions))])
     metrics = {
         "hpt/questions": float(len(questions)),
         "hpt/demo_share": float(np.mean([not decision.on and decision.zone != "none" for decision in plan.decisions])),
         "hpt/taught_share": len(taught) / len(questions),
-        "hpt/solve_rate": float(np.dot(solved, rollouts) / max(rollouts.sum(), 1)),
-        "hpt/all_fail_share": float(np.mean(np.array(solved) == 0)),
+        "hpt/all_fail_share": float(np.mean(np.array(solved)[rollouts > 0] == 0)) if rollouts.any() else 0.0,
         "hpt/rows/rollouts": float((plan.kind == ROLLOUT).sum()),
         "hpt/rows/demos": float((plan.kind == DEMO).sum()),
         "hpt/rows/padding": float((plan.layout == PADDING).sum()),
@@ -46,14 +48,18 @@ def of_plan(plan: Plan, questions: Sequence[Question], settings: PlanSettings, c
         "hpt/unusable_demos": float(counts["unusable"]),
         "hpt/optimizer_steps": float(plan.steps),
     }
+    if rollouts.any():  # of those that started from nothing
+        metrics["hpt/solve_rate"] = float(np.dot(solved, rollouts) / rollouts.sum())
     metrics |= of_rollouts(questions, settings)
+    if settings.method.place in STARTS:
+        metrics |= of_starts(questions, plan.solved)
     metrics |= {f"hpt/zone/{zone}": n / len(questions) for zone, n in zones.items()}
     metrics |= {f"hpt/{name}": float(n) for name, n in counts.items() if "/" in name}
-    if on_rl.any():
-        share = np.dot(np.array(solved)[on_rl], rollouts[on_rl]) / max(rollouts[on_rl].sum(), 1)
+    if rollouts[on_rl].any():
+        share = np.dot(np.array(solved)[on_rl], rollouts[on_rl]) / rollouts[on_rl].sum()
         metrics["hpt/rl_solve_rate"] = float(share)
-    metrics |= _by_source(questions, plan, solved)
-    rl, demo = _mean_weight(plan.w_rl, plan.tokens), _mean_weight(plan.w_demo, plan.tokens)
+    metrics |= _by_source(questions, plan, solved, rollouts)
+    rl, demo = _mean_weight(plan.w_rl, plan.tokens), _mean_weight(plan.w_demo, plan.demo_tokens)
     if rl and demo:
         # Strength of a demonstration's token against a rollout's: the effective ratio of the normalisation and λ.
         metrics["hpt/demo_to_rl_weight"] = demo / rl
@@ -75,6 +81,18 @@ def of_rollouts(questions: Sequence[Question], settings: PlanSettings) -> dict[s
         "hpt/truncated_share": float(cut.mean()),
         "hpt/truncated_success_share": float(cut[reached].mean()) if reached.any() else 0.0,
     }
+
+
+def of_starts(questions: Sequence[Question], solved: Sequence[np.ndarray]) -> dict[str, float]:
+    """Of rollouts that started from a demonstration: how many, how many were solved, from how many of its tokens."""
+    started = np.concatenate([question.started_at != 0 for question in questions])
+    prefixes = [np.zeros(len(q.rewards)) if q.prefixes is None else q.prefixes for q in questions]
+    cut = np.concatenate([np.zeros(len(q.rewards), bool) if q.truncated is None else q.truncated for q in questions])
+    metrics = {"hpt/start/share": float(started.mean()), "hpt/start/tokens": float(np.concatenate(prefixes).sum())}
+    if started.any():
+        metrics["hpt/start/solve_rate"] = float(np.concatenate(solved)[started].mean())
+        metrics["hpt/start/cut"] = float(cut[started].mean())
+    return metrics
 
 
 # --- of the loss -----------------------------------------------------------------------------------------------------
@@ -162,6 +180,8 @@ SUMS = (*_SUMS, *(name for names in _BINS.values() for name in names))
 @torch.no_grad()
 def sums_of(block: Block) -> dict[str, float]:
     """What a micro-batch sends: sums that add up over micro-batches and ranks, by name (``SUMS``)."""
+    if block.tokens.prefix is not None:
+        block = parted(block)
     demos = block.is_demo.to(block.value.dtype)
     of_kinds = torch.stack([1 - demos, demos, torch.ones_like(demos)], dim=1)
     functions = list(dict.fromkeys(of for of, _ in _SUMS.values()))
@@ -177,6 +197,29 @@ def sums_of(block: Block) -> dict[str, float]:
     at = {(of, rows): numbers[3 * i + j] for i, of in enumerate(functions) for j, rows in enumerate(ROWS)}
     bins = numbers[3 * len(functions) :]
     return {name: at[key] for name, key in _SUMS.items()} | dict(zip(SUMS[len(_SUMS) :], bins, strict=True))
+
+
+def parted(block: Block) -> Block:
+    """The block with the prefix of each row as a row of its own, a demonstration: a token's kind, not a row's, says
+    where it is counted."""
+    prefix, mask = block.tokens.prefix, block.tokens.mask
+    at = torch.cat([torch.arange(len(mask), device=mask.device), prefix.any(-1).nonzero().squeeze(-1)])
+    is_prefix = torch.arange(len(at), device=mask.device) >= len(mask)
+    here = prefix[at] == is_prefix.unsqueeze(-1)
+
+    def part(x: Tensor) -> Tensor:
+        return (x.expand_as(mask)[at] * here).to(x.dtype)
+
+    tokens = replace(
+        block.tokens,
+        mask=part(mask),
+        prefix=None,
+        **{name: part(getattr(block.tokens, name)) for name in ("log_prob", "old_log_prob")},
+    )
+    terms = RowTerms(**{field.name: part(getattr(block.terms, field.name)) for field in fields(RowTerms)})
+    value = torch.where(is_prefix, block.prefix_value[at], (block.value - block.prefix_value)[at])
+    imitated = block.imitated[at] & (is_prefix | ~prefix.any(-1)[at])
+    return Block(tokens, terms, part(block.gradient), value, block.is_demo[at] | is_prefix, block.rl[at], imitated)
 
 
 @lru_cache
@@ -221,7 +264,7 @@ def quantile(counts: np.ndarray, edges: Sequence[float], q: float) -> float:
     return float(low + (high - low) * (q - below[at]) / max(below[at + 1] - below[at], 1e-12))
 
 
-def _by_source(questions: Sequence[Question], plan: Plan, solved) -> dict[str, float]:
+def _by_source(questions: Sequence[Question], plan: Plan, solved, rollouts) -> dict[str, float]:
     """Share on demonstrations and solve rate of each data source, where there are several."""
     sources = sorted({q.source for q in questions})
     if len(sources) < 2:
@@ -230,7 +273,8 @@ def _by_source(questions: Sequence[Question], plan: Plan, solved) -> dict[str, f
     for source in sources:
         of_source = [i for i, q in enumerate(questions) if q.source == source]
         metrics[f"hpt/source/{source}/demo_share"] = float(np.mean([not plan.decisions[i].on for i in of_source]))
-        metrics[f"hpt/source/{source}/solve_rate"] = float(np.mean([solved[i] for i in of_source]))
+        if known := [solved[i] for i in of_source if rollouts[i]]:
+            metrics[f"hpt/source/{source}/solve_rate"] = float(np.mean(known))
     return metrics
 
 

@@ -32,6 +32,7 @@ def weights(
     rl_share: np.ndarray,
     demo_share: np.ndarray,
     *,
+    demo_tokens: np.ndarray | None = None,
     length_scale: float,
     demo_coef: float,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -40,7 +41,8 @@ def weights(
     Args:
         name: one of ``NORMALIZATIONS``.
         question: (rows,) question of each row, any integers; Q is the number of distinct ones.
-        tokens: (rows,) tokens of each row that count (``loss_mask``).
+        tokens: (rows,) tokens of each row that count in the RL sum. demo_tokens: the same in the SFT sum, None: tokens
+            (they differ on a rollout that begins with a demonstration).
         rl_share, demo_share: (rows,) factor of the row's RL and SFT term; 0 where it has none.
         length_scale: L. demo_coef: λ.
 
@@ -54,10 +56,11 @@ def weights(
         return np.zeros(0), np.zeros(0)
     _, at = np.unique(question, return_inverse=True)
     questions = at.max() + 1
-    length = np.maximum(tokens, 1)
+    imitated = tokens if demo_tokens is None else demo_tokens
+    length, demo_length = np.maximum(tokens, 1), np.maximum(imitated, 1)
     one_of_n = 1 / np.maximum(np.bincount(at, in_rl), 1)[at]
     one_of_k = 1 / np.maximum(np.bincount(at, in_demo), 1)[at]
-    rl_tokens, demo_tokens = max(tokens[in_rl].sum(), 1), max(tokens[in_demo].sum(), 1)
+    rl_tokens, all_imitated = max(tokens[in_rl].sum(), 1), max(imitated[in_demo].sum(), 1)
     rl = {
         "question": one_of_n / (questions * length_scale),
         "sequence": one_of_n / (questions * length),
@@ -66,7 +69,7 @@ def weights(
         "official": np.full(len(at), 1 / length_scale),
     }[name]
     if name in ("token", "official"):
-        demo = np.full(len(at), 1 / demo_tokens)
+        demo = np.full(len(at), 1 / all_imitated)
     else:
-        demo = one_of_k / length / (1 if name == "paper" else questions)
+        demo = one_of_k / demo_length / (1 if name == "paper" else questions)
     return rl * rl_share, demo_coef * demo * demo_share

@@ -62,6 +62,9 @@ class Constants:
     trust: float = setting(
         0.1, "α of TrSFT (arXiv 2512.17636); it is a probability, and its logarithm is taken", gt=0, le=1
     )
+    prefix_dropped: float = setting(
+        0.8, "share of a prefix's tokens, the most certain ones, that do not learn (arXiv 2507.01679)", ge=0, lt=1
+    )
     uniform: float = setting(
         1.0, "U of RL-PLUS (arXiv 2508.00222): 1 in its code, 1/vocabulary on paper; it is a probability", gt=0, le=1
     )
@@ -72,7 +75,7 @@ class Tokens:
     """What the parts may look at. Shapes (rows, response_len) unless said; float32 or float64, no gradient."""
 
     log_prob: Tensor  # log π_θ
-    mask: Tensor  # bool: tokens that the row's author wrote
+    mask: Tensor  # bool: tokens that count: the row's author wrote them, or they are a prefix that learns
     advantage: Tensor  # Â of the plan, or of verl's GAE; (rows, 1) or (rows, response_len)
     reward: Tensor  # (rows, 1) score of the row
     correct: Tensor  # (rows, 1) bool: reward ≥ gate.success
@@ -81,6 +84,8 @@ class Tokens:
     entropy: Tensor | None = None  # token entropy of π_θ, nats
     other_log_prob: Tensor | None = None  # (rows, 1) mean log-prob of a demonstration under other models (POFT)
     teacher_log_prob: Tensor | None = None  # log π of the model that wrote the demonstration
+    prefix: Tensor | None = field(default=None, kw_only=True)  # bool: a demonstration's tokens that begin a rollout
+    averaged: Tensor | None = field(default=None, kw_only=True)  # bool: what ``row_mean`` is taken over; None: mask
     constants: Constants = field(default_factory=Constants)
     _ratio: Tensor | None = field(default=None, init=False, repr=False)
 
@@ -104,22 +109,31 @@ class Tokens:
 
     def row_mean(self, x: Tensor) -> Tensor:
         """Mean of x over the tokens of each row. (rows, response_len) -> (rows, 1)"""
-        return (x * self.mask).sum(-1, keepdim=True) / self.mask.sum(-1, keepdim=True).clamp(min=1)
+        of = self.mask if self.averaged is None else self.averaged
+        return (x * of).sum(-1, keepdim=True) / of.sum(-1, keepdim=True).clamp(min=1)
 
 
-ON_DEMAND = tuple(column.name for column in fields(Tokens) if column.default is None and column.init)
+ON_DEMAND = tuple(one.name for one in fields(Tokens) if one.default is None and one.init and not one.kw_only)
 Part = Callable[[Tokens], Tensor | tuple[Tensor, Tensor | None]]
 KINDS = ("mask", "reference", "advantage", "likelihood")
 PARTS: dict[str, dict[str, Part]] = {kind: {} for kind in KINDS}
 
 
-def part(kind: str, *, needs: tuple[str, ...] = (), over_group: Callable[[np.ndarray], np.ndarray] | None = None):
+def part(
+    kind: str,
+    *,
+    needs: tuple[str, ...] = (),
+    over_group: Callable[[np.ndarray], np.ndarray] | None = None,
+    over_starts: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
+):
     """Register a part under its function's name, so that a config can name it.
 
     Args:
         kind: mask, reference, advantage or likelihood.
         needs: columns of ``Tokens`` that are there only on demand, of ``ON_DEMAND``.
         over_group: for an advantage: rewards of one question's rows (n,) -> advantages (n,), computed by the plan.
+        over_starts: for the advantage of prefixes: rewards (n,) and starts (n,), 0 where a rollout started from
+            nothing, equal where two started alike -> advantages of the prefixes (n,).
 
     Example of a user's own module, named in ``hpt.modules``::
 
@@ -136,12 +150,8 @@ def part(kind: str, *, needs: tuple[str, ...] = (), over_group: Callable[[np.nda
         known = PARTS[kind].get(name)
         if known is not None and known.__module__ != function.__module__:
             raise ValueError(f"{kind} {name!r} is already registered by {known.__module__}: choose another name")
-        function.part_name, function.kind, function.needs, function.over_group = (
-            name,
-            kind,
-            frozenset(needs),
-            over_group,
-        )
+        function.part_name, function.kind, function.needs = name, kind, frozenset(needs)
+        function.over_group, function.over_starts = over_group, over_starts
         PARTS[kind][name] = function
         return function
 
@@ -175,6 +185,23 @@ def sequence_clip(tokens: Tokens):
     ratio = _sequence_log_ratio(tokens).exp().expand_as(tokens.log_prob)
     clipped = ((advantage > 0) & (ratio > 1 + c.clip_high)) | ((advantage < 0) & (ratio < 1 - c.clip_low))
     return (~clipped).to(ratio.dtype), ratio.clamp(1 - c.clip_low, 1 + c.clip_high)
+
+
+@part("mask", needs=("old_log_prob", "entropy"))
+def uncertain_clip(tokens: Tokens):
+    """PPO's clip, on a prefix's most uncertain tokens alone: the share ``hpt.options.prefix_dropped`` with the least
+    entropy, rounded down, does not learn (Prefix-RFT, arXiv 2507.01679).
+
+    Deviation from the published code: that ranks the tokens of a micro-batch, this those of each row; of equal
+    entropies the earlier token is dropped.
+    """
+    keep, bound = ppo_clip(tokens)
+    if tokens.prefix is None:
+        return keep, bound
+    dropped = (tokens.prefix.sum(-1, keepdim=True) * tokens.constants.prefix_dropped + 1e-6).floor()
+    order = tokens.entropy.masked_fill(~tokens.prefix, float("inf")).argsort(dim=-1, stable=True)
+    certain = (order.argsort(dim=-1) < dropped) & tokens.prefix
+    return keep.masked_fill(certain, 0.0), bound.masked_fill(certain, 0.0)
 
 
 @part("mask")
@@ -274,6 +301,24 @@ def leave_one_out(rewards: np.ndarray) -> np.ndarray:
     return center(rewards) * n / (n - 1) if n > 1 else rewards.copy()
 
 
+def over_plain(rewards: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """(R − mean of the rollouts that started from nothing) / rollouts that share the start; 0 on the former."""
+    plain = starts == 0
+    baseline = rewards[plain].mean() if plain.any() else 0.0
+    sharing = (starts[:, None] == starts[None, :]).sum(1)
+    return np.where(plain, 0.0, (rewards - baseline) / sharing)
+
+
+@part("advantage", over_starts=over_plain)
+def against_plain(tokens: Tokens) -> Tensor:
+    """Â of a prefix: its rollout's reward against those of rollouts without one (Prefix-RFT, arXiv 2507.01679, eq. 3).
+
+    For k > 1 rollouts that share a prefix the published code centres their rewards among themselves before; this does
+    not. Both agree at k = 1, which is what its paper ran.
+    """
+    return tokens.advantage
+
+
 @part("advantage", over_group=center)
 def centered(tokens: Tokens) -> Tensor:
     """Dr. GRPO's advantage, R − mean (arXiv 2503.20783, section 3.2); also REINFORCE with a mean baseline."""
@@ -302,6 +347,12 @@ def gae(tokens: Tokens) -> Tensor:
 def unit(tokens: Tokens) -> Tensor:
     """Â = 1: imitation."""
     return tokens.ones()
+
+
+@part("advantage")
+def doubt(tokens: Tokens) -> Tensor:
+    """Â = 1 − p; over the reference ``one`` the weight is p(1 − p), CHORD's φ (arXiv 2508.11408, eq. 5–6)."""
+    return 1 - tokens.log_prob.exp()
 
 
 @part("advantage")

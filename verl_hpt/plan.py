@@ -9,6 +9,7 @@ carry no token.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -16,7 +17,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from verl_hpt import gate
-from verl_hpt.estimator import Method
+from verl_hpt.estimator import STARTS, Method
 from verl_hpt.gate import Decision, GateSettings, Outcome
 from verl_hpt.normalize import weights
 
@@ -34,6 +35,9 @@ class Question:
         returns: (n,) what Â is made of; None: rewards (they differ with ``algorithm.use_kl_in_reward``).
         metric: (n,) what the gate reads in place of the rewards (``hpt.gate.metric``); None: rewards.
         truncated: (n,) bool, rollouts that were cut at the length limit; None: none was.
+        prefixes: (n,) tokens of a demonstration that a rollout's response begins with; None: none does. ``lengths`` are
+            its own tokens.
+        starts: (n,) 0 where a rollout started from nothing, equal where two started alike; None: by ``prefixes``.
         skipped_rollouts: rollouts of this draw that verl-hpt did not have sampled (early gate, or a step at which every
             question is on its demonstration).
         demo_lengths, demo_rewards: (k,) tokens and score of each usable demonstration; score nan: none was given, and
@@ -47,6 +51,8 @@ class Question:
     returns: np.ndarray | None = None
     metric: np.ndarray | None = None
     truncated: np.ndarray | None = None
+    prefixes: np.ndarray | None = None
+    starts: np.ndarray | None = None
     skipped_rollouts: int = 0
     demo_lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
     demo_rewards: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -61,7 +67,13 @@ class Question:
     @property
     def order(self) -> tuple:
         """Sorts a batch's questions, and draws of one, whichever rollouts arrived first."""
-        return self.key, tuple(self.rewards), tuple(self.lengths)
+        return self.key, tuple(self.rewards), tuple(self.lengths), tuple(self.started_at)
+
+    @property
+    def started_at(self) -> np.ndarray:
+        """``starts``, whichever way they are given. -> (n,)"""
+        given = self.prefixes if self.starts is None else self.starts
+        return np.zeros(len(self.rewards), dtype=int) if given is None else np.asarray(given)
 
 
 @dataclass(frozen=True)
@@ -71,7 +83,8 @@ class PlanSettings:
     questions_per_step: questions of one optimizer step (``actor.ppo_mini_batch_size``).
     ranks: data-parallel ranks. rows_multiple: rows a rank are a multiple of it (micro-batch size without dynamic
     batches). gates: gate of a data source; the default gate otherwise. truncated: what becomes of rollouts that were
-    cut at the length limit (``hpt.rollouts.truncated``): "keep", count as "unsolved", or "mask".
+    cut at the length limit (``hpt.rollouts.truncated``): "keep", count as "unsolved", or "mask". collects: what a
+    method's buffer takes (``hpt.buffer.content``).
     """
 
     method: Method
@@ -81,6 +94,7 @@ class PlanSettings:
     gate: GateSettings = field(default_factory=GateSettings)
     gates: dict[str, GateSettings] = field(default_factory=dict)
     truncated: Literal["keep", "unsolved", "mask"] = "keep"
+    collects: Literal["demonstrations", "successes"] = "demonstrations"
     questions_per_step: int = 1
     ranks: int = 1
     rows_multiple: int = 1
@@ -101,7 +115,11 @@ class Dropped:
 
 
 class Row(NamedTuple):
-    """One row of the update: rollout or demonstration ``index`` of a question. Shares: factors of its two weights."""
+    """One row of the update: rollout or demonstration ``index`` of a question. Shares: factors of its two weights.
+
+    tokens, demo_tokens: those that count in the RL and in the SFT sum. prefix: those of a demonstration that it begins
+    with and that learn; demo_advantage: Â of these.
+    """
 
     question: int
     kind: int
@@ -112,13 +130,18 @@ class Row(NamedTuple):
     tokens: int
     rl_share: float
     demo_share: float
+    demo_tokens: int
+    prefix: int = 0
+    demo_advantage: float = math.nan
 
 
 @dataclass
 class Plan:
     """The rows of one update. Arrays of shape (rows,), in the order of the questions given, rollouts first.
 
-    decisions, solved: one a question; solved says of each of its rollouts whether it counts as solved, (n,) bool.
+    decisions, solved: one a question of the batch; solved says of each of its rollouts whether it counts as solved,
+    (n,) bool. What stands beside the batch (stream, buffer) follows as questions without a decision: ``question`` goes
+    on counting.
 
     layout: (steps · rows_per_step,) row numbers, ``PADDING`` where nothing stands, in the order in which verl must get
     them: rank r takes a contiguous chunk and cuts it in order, so row j of step s of rank r of S steps with m rows a
@@ -134,6 +157,9 @@ class Plan:
     reward: np.ndarray
     correct: np.ndarray
     tokens: np.ndarray
+    demo_tokens: np.ndarray
+    prefix: np.ndarray
+    demo_advantage: np.ndarray
     w_rl: np.ndarray
     w_demo: np.ndarray
     w_entropy: np.ndarray
@@ -147,53 +173,81 @@ class Plan:
         return len(self.question)
 
 
-def outcome_of(question: Question, settings: PlanSettings) -> Outcome:
-    """What the gate of its data source knows of a question."""
+def outcome_of(question: Question, settings: PlanSettings, of: slice | None = None) -> Outcome:
+    """What the gate of its data source knows of a question. of: its rollouts; None: those that started from nothing."""
     bounds = settings.gate_of(question.source)
     cut = question.truncated if bounds.finished or settings.truncated != "keep" else None
-    return Outcome(question.rewards, bounds, question.scores, cut, question.history)
+    of = question.started_at == 0 if of is None else of
+    return Outcome(
+        question.rewards[of], bounds, question.scores[of], None if cut is None else cut[of], question.history
+    )
 
 
 def decide(question: Question, settings: PlanSettings) -> Decision:
     """The gate's decision, before the question's demonstrations are read."""
     method = settings.method
-    return gate.decide(method.when, outcome_of(question, settings), method.rollouts is not None)
+    outcome, trains_rollouts = outcome_of(question, settings), method.rollouts is not None
+    return gate.decide(method.when, outcome, trains_rollouts, method.place, settings.collects)
 
 
-def plan(questions: Sequence[Question], settings: PlanSettings, decisions: Sequence[Decision] | None = None) -> Plan:
-    """Weigh and lay out one update. decisions: of ``decide``, one a question; made here where they are not given."""
+def plan(
+    questions: Sequence[Question],
+    settings: PlanSettings,
+    decisions: Sequence[Decision] | None = None,
+    stream: Sequence[Question] = (),
+    buffer: Sequence[Sequence[Question]] = (),
+) -> Plan:
+    """Weigh and lay out one update.
+
+    Args:
+        decisions: of ``decide``, one a question; made here where they are not given.
+        stream: demonstrations beside the questions, dealt over their optimizer steps; a pool of their own in the
+            normalisation. buffer: those that are trained on in optimizer steps of their own, after the others.
+    """
     if decisions is None:
         decisions = [decide(question, settings) for question in questions]
-    solved = [outcome_of(question, settings).correct for question in questions]
+    solved = [outcome_of(question, settings, slice(None)).correct for question in questions]
     decisions = [_settle(*pair, settings) for pair in zip(questions, decisions, strict=True)]
+    own, everything = len(questions), [*questions, *stream, *(question for part in buffer for question in part)]
+    fates = [*decisions, *[gate.DEMO] * (len(everything) - own)]
     rows: list[Row] = []
     dropped: list[Dropped] = []
-    for number, question in enumerate(questions):
-        _add_rows(number, question, decisions[number], solved[number], settings, rows, dropped)
+    for number, question in enumerate(everything):
+        correct = solved[number] if number < own else np.zeros(0, dtype=bool)
+        _add_rows(number, question, fates[number], correct, settings, rows, dropped)
     row = Row(*np.array(rows, dtype=np.float64).reshape(-1, len(Row._fields)).T)
     question, kind, index = (column.astype(int) for column in row[:3])
 
-    steps = max(1, -(-len(questions) // settings.questions_per_step))
-    step_of = _deal(questions, decisions, np.unique(question), steps, settings.seed)
+    steps = max(1, -(-own // settings.questions_per_step))
+    streamed = (question >= own) & (question < own + len(stream))
+    step_of = _deal(everything, fates, np.unique(question[question < own]), steps, settings.seed)
+    step_of += _deal(everything, fates, np.unique(question[streamed]), steps, settings.seed)
+    step_of[own + len(stream) :] = np.repeat(steps + np.arange(len(buffer)), [len(part) for part in buffer])
+    steps += len(buffer)
     step = step_of[question] if len(question) else question
+    rl_coef = 1 - settings.demo_coef if settings.method.convex else 1.0
+    of_author = row.tokens - (row.prefix if settings.method.r_estimator is not None else 0)
     w_rl, w_demo, w_entropy = np.zeros((3, len(question)))
     for s in range(steps):
-        of_step = step == s
-        w_rl[of_step], w_demo[of_step] = weights(
-            settings.normalization,
-            *(column[of_step] for column in (question, row.tokens, row.rl_share, row.demo_share)),
-            length_scale=settings.length_scale,
-            demo_coef=settings.demo_coef,
-        )
-        learning = of_step & (kind == ROLLOUT) & (row.rl_share != 0)
+        for pool in ((step == s) & ~streamed, (step == s) & streamed):
+            w_rl[pool], w_demo[pool] = weights(
+                settings.normalization,
+                *(column[pool] for column in (question, row.tokens, row.rl_share, row.demo_share)),
+                demo_tokens=row.demo_tokens[pool],
+                length_scale=settings.length_scale,
+                demo_coef=settings.demo_coef,
+            )
+        learning = (step == s) & (kind == ROLLOUT) & (row.rl_share != 0)
+        w_rl[learning] *= rl_coef
         if settings.normalization == "official":  # its entropy bonus is a token mean, not a sum over L
-            w_entropy[learning] = row.rl_share[learning] / max(row.tokens[learning].sum(), 1)
+            w_entropy[learning] = rl_coef * row.rl_share[learning] / max(of_author[learning].sum(), 1)
         else:
             w_entropy[learning] = w_rl[learning]
-    rows_per_step, layout = _lay_out(step, row.tokens, steps, settings.ranks, settings.rows_multiple)
+    rows_per_step, layout = _lay_out(step, of_author + row.prefix, steps, settings.ranks, settings.rows_multiple)
     return Plan(
         decisions, solved, question, kind, index, row.advantage, row.reward, row.correct.astype(bool),
-        row.tokens.astype(int), w_rl, w_demo, w_entropy, step, dropped, steps, rows_per_step, layout,
+        row.tokens.astype(int), row.demo_tokens.astype(int), row.prefix.astype(int), row.demo_advantage, w_rl, w_demo,
+        w_entropy, step, dropped, steps, rows_per_step, layout,
     )  # fmt: skip
 
 
@@ -202,7 +256,8 @@ def _settle(question: Question, decision: Decision, settings: PlanSettings) -> D
     success, method = settings.gate_of(question.source).success, settings.method
     right = bool(gate.solved(demo_scores(question, settings), success).any())
     on_rollouts = method.rollouts is not None and method.when != "own"
-    return gate.settle(decision, len(question.demo_lengths), right, on_rollouts)
+    there = np.count_nonzero(question.started_at) if method.place in STARTS else len(question.demo_lengths)
+    return gate.settle(decision, there, right, on_rollouts)
 
 
 def demo_scores(question: Question, settings: PlanSettings) -> np.ndarray:
@@ -237,8 +292,18 @@ def _add_rows(
     returns, demo_rewards = _returns(question, settings), demo_scores(question, settings)
     grouped = method.place == "group" and k > 0
     group = np.concatenate([returns, demo_rewards]) if grouped else returns
-    of_rollouts = _over_group(method.rollouts, group)
-    of_demos = _over_group(method.r_estimator, group)[n:] if grouped else np.full(k, np.nan)
+    starts, r_estimator = question.started_at, method.r_estimator
+    alike = np.zeros(len(group), dtype=int)  # whose rewards are compared
+    if method.place in STARTS and method.baseline == "start":
+        alike = starts
+    of_rollouts = _over_groups(method.rollouts, group, alike)
+    of_demos = _over_groups(r_estimator, group, alike)[n:] if grouped else np.full(k, np.nan)
+    of_prefixes, learns = np.full(n, np.nan), np.zeros(n, dtype=int)
+    if method.place == "prefix" and method.demos and question.prefixes is not None:
+        learns = question.prefixes
+        of_prefixes = _over_groups(r_estimator, returns, alike)
+        if r_estimator is not None and r_estimator.advantage.over_starts is not None:
+            of_prefixes = r_estimator.advantage.over_starts(returns, starts)
     if question.skipped_rollouts and len(group) == 1:
         of_rollouts = 0 * of_rollouts  # its raw reward is no advantage: the others of its group were not sampled
 
@@ -246,12 +311,13 @@ def _add_rows(
     imitated = int(np.argmax(solved)) if decision.zone == "own" else None  # the first of its rollouts that is correct
     masked = question.truncated if settings.truncated == "mask" and decision.on else None
     for i in range(n):
-        demo_share = s_scale if imitated == i else 0.0
+        demo_share = s_scale if imitated == i else decision.sft * s_scale if learns[i] else 0.0
         if masked is not None and masked[i]:
             dropped.append(Dropped(number, ROLLOUT, i, "it was cut at the length limit"))
         elif decision.on or demo_share:
-            rows.append(Row(number, ROLLOUT, i, of_rollouts[i], question.rewards[i], solved[i], question.lengths[i],
-                            decision.on, demo_share))  # fmt: skip
+            tokens = question.lengths[i] + (learns[i] if r_estimator is not None else 0)
+            rows.append(Row(number, ROLLOUT, i, of_rollouts[i], question.rewards[i], solved[i], tokens, decision.on,
+                            demo_share, learns[i] or tokens, learns[i], of_prefixes[i]))  # fmt: skip
         else:
             dropped.append(Dropped(number, ROLLOUT, i, _NO_ROLLOUT.get(decision.zone, _NO_SHARE)))
 
@@ -259,22 +325,28 @@ def _add_rows(
     rl_share, demo_share = (decision.off * r_term.scale if r_term is not None else 0.0), decision.sft * s_scale
     demo_correct = gate.solved(demo_rewards, settings.gate_of(question.source).success)
     for j in range(k):
-        if imitated is None and (rl_share or demo_share):
+        if imitated is None and (rl_share or demo_share) and method.place not in STARTS:
             rows.append(Row(number, DEMO, j, of_demos[j], demo_rewards[j], demo_correct[j], question.demo_lengths[j],
-                            rl_share, demo_share))  # fmt: skip
+                            rl_share, demo_share, question.demo_lengths[j]))  # fmt: skip
         else:
-            dropped.append(Dropped(number, DEMO, j, _NO_DEMO.get(decision.zone, _NO_SHARE)))
+            why = _STARTED if method.place in STARTS else _NO_DEMO.get(decision.zone, _NO_SHARE)
+            dropped.append(Dropped(number, DEMO, j, why))
 
 
-def _over_group(estimator, rewards: np.ndarray) -> np.ndarray:
-    """Â of the members of a group, nan where the estimator's advantage is not made from rewards."""
-    if estimator is None or estimator.advantage.over_group is None or len(rewards) == 0:
-        return np.full(len(rewards), np.nan)
-    return estimator.advantage.over_group(np.asarray(rewards, dtype=np.float64))
+def _over_groups(estimator, rewards: np.ndarray, alike: np.ndarray) -> np.ndarray:
+    """Â of rows compared with those that have the same number in ``alike``; nan where it is not made from rewards."""
+    advantages, rewards = np.full(len(rewards), np.nan), np.asarray(rewards, dtype=np.float64)
+    if estimator is None or estimator.advantage.over_group is None:
+        return advantages
+    for group in np.unique(alike) if alike.any() else alike[:1]:
+        of_group = alike == group
+        advantages[of_group] = estimator.advantage.over_group(rewards[of_group])
+    return advantages
 
 
 # Why a row is left out, by zone.
 _NO_SHARE = "its coefficient is 0"
+_STARTED = "rollouts start from it, it is no row of its own"
 _NO_ROLLOUT = {
     "demo": "the question trains on its demonstration",
     "off": "the question trains off-policy on its demonstration",
@@ -284,6 +356,7 @@ _NO_ROLLOUT = {
 _NO_DEMO = {
     "rl": "the question trains on its rollouts",
     "own": "the question trains on its own correct rollout",
+    "collect": "it waits in the buffer",
 }
 
 

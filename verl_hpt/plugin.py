@@ -46,6 +46,12 @@ def _offer_estimator(core_algos):
     core_algos.register_adv_est("hpt")(hpt_advantage)
 
 
+@wrapt.when_imported("verl.experimental.agent_loop.agent_loop")
+def _offer_start_loop(agent_loop):
+    """The agent loop of rollouts that start from a demonstration, by name: its own decorator would import it here."""
+    agent_loop._agent_loop_registry["hpt_start"] = {"_target_": "verl_hpt.host.start_loop.StartedAgentLoop"}
+
+
 @wrapt.when_imported("verl.trainer.ppo.ray_trainer")
 def _refuse_other_trainers(ray_trainer):
     """verl's legacy trainer, and those of recipes and experiments, which are all of its class: hpt is refused at once,

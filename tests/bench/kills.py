@@ -1,9 +1,10 @@
 """Kill a real CPU training at random moments, resume it each time, and compare with one that was left alone.
 
-    python tests/bench/kills.py FOLDER --kills 20 [--prefix "COMMAND BEFORE EACH TRAINING"]
+    python tests/bench/kills.py FOLDER --kills 20 [--place stream | buffer] [--prefix "COMMAND BEFORE EACH TRAINING"]
 
 Two starts more than kills, about a minute and a half each on two cores. Prints a line a kill: the moment, the step, and
-whether each checkpoint since the last kill has the history that the uninterrupted run had at that step.
+whether each checkpoint since the last kill has the history (with --place also the stream or the buffer) that the
+uninterrupted run had at that step.
 """
 
 import argparse
@@ -17,7 +18,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "e2e"))
 
 from cpu_run import Training, kill
-from test_resume import OVERRIDES, rows, same_history
+from test_resume import BESIDE, OVERRIDES, rows, same_history
+
+from verl_hpt.host.beside import FILE
+
+
+def same(one: Training, other: Training, step: int) -> bool:
+    """Whether two checkpoints remember the same."""
+    stored = [(training.checkpoints / f"global_step_{step}" / FILE) for training in (one, other)]
+    texts = [path.read_bytes() if path.exists() else b"" for path in stored]
+    return same_history(one.history(step), other.history(step)) and texts[0] == texts[1]
 
 
 def main() -> int:
@@ -26,10 +36,12 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=150, help="of the uninterrupted run")
     parser.add_argument("--longest", type=float, default=15, help="seconds from a new start's first step to its kill")
+    parser.add_argument("--place", choices=BESIDE, help="demonstrations beside the questions, in place of HPT's")
     parser.add_argument("--prefix", default="")
     options = parser.parse_args()
     prefix, draw = tuple(shlex.split(options.prefix)), random.Random()
-    overrides = [*OVERRIDES, f"trainer.total_training_steps={options.steps}", "trainer.save_freq=2"]
+    placed = OVERRIDES if options.place is None else BESIDE[options.place]
+    overrides = [*placed, f"trainer.total_training_steps={options.steps}", "trainer.save_freq=2"]
     whole = Training(options.folder / "whole", rows(), overrides, prefix)
     if whole.checkpoint() < options.steps:
         whole.run(limit=3000)
@@ -48,16 +60,16 @@ def main() -> int:
         finally:
             kill(process)
         reached = killed.checkpoint()
-        same = [same_history(whole.history(s), killed.history(s)) for s in range(resumed_from + 2, reached + 1, 2)]
-        compared, good = compared + len(same), good + all(same)
+        alike = [same(whole, killed, step) for step in range(resumed_from + 2, reached + 1, 2)]
+        compared, good = compared + len(alike), good + all(alike)
         print(
             f"kill {turn + 1}: resumed from {resumed_from}, at {time.monotonic() - start:.1f} s after its start, "
-            f"checkpoint {reached}: {sum(same)} of {len(same)} checkpoints identical",
+            f"checkpoint {reached}: {sum(alike)} of {len(alike)} checkpoints identical",
             flush=True,
         )
     killed.run(f"trainer.total_training_steps={killed.checkpoint() + 4}", limit=2000)
     last = killed.checkpoint()
-    print(f"last resume: step {last} identical: {same_history(whole.history(last), killed.history(last))}")
+    print(f"last resume: step {last} identical: {same(whole, killed, last)}")
     print(f"{good} of {options.kills} kills; {compared} checkpoints compared")
     return 0 if good == options.kills else 1
 

@@ -31,6 +31,7 @@ from verl_hpt.loss import ROW_COLUMNS, ROW_FIELD, LossSpec
 from verl_hpt.methods import METHODS
 
 PROMPT = 64
+PREFIX = 64  # tokens of a demonstration that a rollout begins with, under the methods that read it
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -50,6 +51,8 @@ def micro_batch(rows: int, length: int, demos: float, seed: int = 0) -> tuple[Te
         "reward": np.ones(rows),
         "correct": np.ones(rows),
         "other_log_prob": -np.ones(rows),
+        "prefix": PREFIX * (1 - is_demo),
+        "demo_advantage": 0.5 * np.ones(rows),
     }
     old = [torch.tensor(-draw.exponential(0.6, n), dtype=torch.float32) for n in lengths]
     near = [x + 0.15 * torch.randn(len(x)) for x in old]

@@ -1,6 +1,6 @@
 """Gate, plan and writing rows against verl's own ``_compute_advantage``, on one batch in a real TransferQueue.
 
-    python tests/bench/plan.py [--questions 1024] [--rollouts 8] [--tokens 4096] [--runs 5] [--profile]
+    python tests/bench/plan.py [--questions 1024] [--rollouts 8] [--tokens 4096] [--runs 5] [--method hpt] [--profile]
 
 Rollouts stand in TransferQueue as verl's agent loop leaves them (SimpleStorage, verl's settings). In turns, verl's
 ``PPOTrainer._compute_advantage`` reads, computes and writes back, and our ``_plan_step`` and ``_write`` read, decide,
@@ -45,6 +45,7 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from verl_hpt.host import contract
 from verl_hpt.host.run import Run
+from verl_hpt.host.started import STARTED
 from verl_hpt.host.trainer import hybrid
 from verl_hpt.methods import METHODS
 from verl_hpt.plan import PADDING, PlanSettings, Question, plan
@@ -65,6 +66,7 @@ def verl_config(args, method: str):
                 "actor_rollout_ref.actor.use_dynamic_bsz=True",
                 "transfer_queue.backend.SimpleStorage.num_data_storage_units=2",
                 f"++hpt.method={method}",
+                *(["++hpt.stream={files: made, batch: 256}"] if METHODS[method].place == "stream" else []),
             ],
         )
     return config
@@ -77,26 +79,46 @@ def trainer_without_workers(config):
     trainer.hpt = Run(config, verl=contract.check(), kl_penalty=kl_penalty, has_reference=False, has_critic=False)
     trainer.hpt.bind_tokenizer(byte_tokenizer())
     trainer.actor_rollout_wg = SimpleNamespace(_dispatch_info={"actor": list(range(RANKS))})
+    if trainer.hpt.method.place == "stream":
+        tokenizer, most = trainer.hpt.reader.tokenizer, trainer.hpt.reader.max_length
+        made = [columns_of(number, most) for number in range(4096)]
+        prompt_of = lambda messages: tokenizer.encode(messages[0]["content"])  # noqa: E731
+        trainer.hpt.beside.open_stream(made, prompt_of, trainer.hpt.reader)
     return trainer
 
 
-def fill(args) -> KVBatchMeta:
-    """Rollouts of every question in TransferQueue; half of the questions are solved by some rollout."""
+def columns_of(number: int, tokens: int) -> dict:
+    """A question's dataset columns; its demonstration has about half as many tokens as a rollout."""
+    return {
+        "data_source": "bench",
+        "extra_info": {"index": number, "split": "train"},
+        "raw_prompt": [{"role": "user", "content": f"question {number}"}],
+        "target": f"{number} " * (tokens // 10),
+    }
+
+
+def fill(args, hpt: Run) -> KVBatchMeta:
+    """Rollouts of every question in TransferQueue; half of the questions are solved by some rollout.
+
+    Where the method has prefixes, as many sessions as it says begin with 60% of their demonstration.
+    """
     draw, keys, tags = np.random.default_rng(0), [], []
+    prefixes, begun = hpt.method.place == "prefix", hpt.beside.start.rollouts
     for number in range(args.questions):
         uid, prompt = str(uuid.uuid4()), torch.tensor(draw.integers(0, 250, PROMPT))
-        columns = {
-            "uid": uid,
-            "data_source": "bench",
-            "extra_info": {"index": number, "split": "train"},
-            "raw_prompt": [{"role": "user", "content": f"question {number}"}],
-            "target": f"{number} " * (args.tokens // 10),
-            "multi_modal_inputs": {},
-        }
+        columns = {"uid": uid, **columns_of(number, args.tokens), "multi_modal_inputs": {}, "extra_fields": {}}
+        demo = hpt.reader.tokenizer.encode(columns["target"].strip(), add_special_tokens=False) if prefixes else []
         rows = []
         for session in range(args.rollouts):
             answer = torch.tensor(draw.integers(0, 250, args.tokens))
-            ones, whole = torch.ones_like(answer), torch.cat([prompt, answer])
+            ones, length = torch.ones_like(answer), 0
+            if prefixes and (begun == "all" or session < begun):
+                length = int(0.6 * len(demo))
+                answer[:length], ones[:length] = torch.tensor(demo[:length]), 0
+                columns = {**columns, "extra_fields": {STARTED: {"tokens": length, "place": 0, "missed": False}}}
+            else:
+                columns = {**columns, "extra_fields": {}}
+            whole = torch.cat([prompt, answer])
             scores = torch.zeros(args.tokens)
             scores[-1] = float(number % 2 and draw.random() < 0.5)
             log_probs = torch.full((args.tokens,), -0.5)
@@ -224,7 +246,7 @@ def main() -> None:
     tq.init(OmegaConf.create(OmegaConf.to_container(config.transfer_queue, resolve=True)))
     try:
         trainer = trainer_without_workers(config)
-        batch = fill(args)
+        batch = fill(args, trainer.hpt)
         print(f"\n{args.questions} questions x {args.rollouts} rollouts x {args.tokens} tokens, medians of {args.runs}")
         print(measure(trainer, batch, args.runs))
         if args.profile:

@@ -26,9 +26,14 @@ def plan_as_json(step) -> list[dict]:
             continue
         q = step.plan.question[row]
         names = ("kind", "index", "w_rl", "w_demo", "reward", "tokens")
-        told = {name: getattr(step.plan, name)[row].item() for name in names} | {"question": step.groups[q].key}
+        told = {name: getattr(step.plan, name)[row].item() for name in names} | {"step": step.plan.step[row].item()}
+        beside = q - len(step.groups)
+        told["question"] = step.groups[q].key if beside < 0 else step.beside[beside].key
+        if beside >= 0:
+            told |= {"beside": int(beside), "prompt": step.beside[beside].prompt, "ids": step.beside[beside].ids}
         if told["kind"] == 0:
             told["row"] = step.groups[q].rows[told["index"]]
+            told["prefix"] = int(step.questions[q].started_at[told["index"]] != 0 and step.plan.prefix[row])
         rows.append(told)
     return rows
 
@@ -39,9 +44,16 @@ def questions_as_json(step) -> dict[str, dict]:
         question.key: {
             "index": step.groups[q].columns["extra_info"]["index"],
             "rewards": question.rewards.tolist(),
+            "prefixes": None if question.prefixes is None else question.prefixes.tolist(),
+            "starts": None if question.starts is None else question.starts.tolist(),
+            "prompt": [int(token) for token in step.groups[q].prompt],
+            "text": step.groups[q].columns["raw_prompt"],
+            "target": step.groups[q].columns.get("target"),
+            "asked": step.groups[q].columns.get("hpt_start"),
             "lengths": question.lengths.tolist(),
             "truncated": question.truncated.tolist(),
             "skipped_rollouts": question.skipped_rollouts,
+            "rows": step.groups[q].rows,
             "zone": step.plan.decisions[q].zone,
             "dropped": [d.index for d in step.plan.dropped if d.question == q and d.kind == 0],
         }
@@ -52,7 +64,7 @@ def questions_as_json(step) -> dict[str, dict]:
 # What verl and its engine wrote of each rollout; those that a run has are recorded.
 ROLLOUT_FIELDS = (
     "rm_scores", "token_level_rewards", "values", "advantages", "response_mask", "loss_mask", "old_log_probs",
-    "rollout_log_probs", "ref_log_prob", "rollout_is_weights",
+    "rollout_log_probs", "ref_log_prob", "rollout_is_weights", "prompts", "responses",
 )  # fmt: skip
 
 
@@ -65,7 +77,8 @@ def rollouts_as_json(trainer, batch) -> dict:
     )
     columns = {name: [row.tolist() for row in data[name].unbind()] for name in data.keys()}
     padding = [bool(tag.get("is_padding", False)) for tag in batch.tags]
-    return {"ours": [key for key in keys if key.startswith("hpt")], "keys": len(keys), "padding": padding} | columns
+    ours, sessions = [key for key in keys if key.startswith("hpt")], [int(key.split("_")[-2]) for key in batch.keys]
+    return {"ours": ours, "keys": len(keys), "padding": padding, "session": sessions} | columns
 
 
 @wrapt.when_imported("verl_hpt.host.trainer")
@@ -94,6 +107,7 @@ def _switch(trainer):
                     has_critic=served[1],
                 )
                 self.hpt.bind_tokenizer(self.tokenizer)
+                self._open_stream()
                 self.actor_rollout_wg.set_loss_fn(trainer.partial(trainer.hpt_loss, spec=self.hpt.loss_spec()))
 
             def _update_actor(self, batch, metrics):
@@ -113,6 +127,25 @@ def _switch(trainer):
         return Live
 
     trainer.hybrid = live
+
+
+@wrapt.when_imported("verl_hpt.host.start_loop")
+def _switch_loop(start_loop):
+    made = {}
+
+    def settings_for(verl_config, tokenizer, step):
+        methods = os.environ["LIVE_METHODS"].split(";")
+        turn = min((step - 1) // int(os.environ["LIVE_STEPS"]), len(methods) - 1)
+        if turn not in made:
+            name, *settings = methods[turn].split()
+            own = start_loop.OmegaConf.from_dotlist(settings)
+            node = start_loop.OmegaConf.merge({"method": name, **BASE}, own)
+            config = start_loop.OmegaConf.create(start_loop.OmegaConf.to_container(verl_config))
+            config.hpt = node
+            made[turn] = start_loop._Settings(config, tokenizer)
+        return made[turn]
+
+    start_loop.settings_for = settings_for
 
 
 @wrapt.when_imported("verl_hpt.host.loss_fn")

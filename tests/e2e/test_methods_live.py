@@ -21,7 +21,8 @@ from verl_hpt.tools.explain import explain
 
 HERE = Path(__file__).parent
 SERVED = ("ppo", "asft")
-PLAIN = [name if name != "poft" else "poft demo.other_log_prob=others" for name in METHODS if name not in SERVED]
+PLAIN = [name for name, method in METHODS.items() if name not in SERVED and method.place in ("separate", "group")]
+PLAIN = [name if name != "poft" else "poft demo.other_log_prob=others" for name in PLAIN]
 STEPS = 3
 UNUSABLE = (5, 9)  # questions without a usable demonstration
 EXTREMES = [

@@ -24,6 +24,13 @@ OVERRIDES = [
     "++hpt.demo={per_question: 2, select: unseen_first}",
     "++hpt.history={retire_after: 4, cooldown: 1, early_gate: {after_failures: 2, rollouts: 1}}",
 ]
+_SMALL = [*OVERRIDES[:3], "++hpt.gate.finished=false", "data.shuffle=True"]
+# Demonstrations beside the questions: what a step takes depends on what earlier ones took. The stream's file is the
+# training file; the buffer is seldom full when a step ends.
+BESIDE = {
+    "stream": [*_SMALL, "++hpt.method=chord_mu", "++hpt.stream={files: ${data.train_files}, batch: 3}"],
+    "buffer": [*_SMALL, "++hpt.method=relift", "++hpt.buffer.size=5"],
+}
 
 
 def rows() -> list[dict]:

@@ -7,16 +7,17 @@ model would have computed (log-probs) is drawn at random.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 
-from verl_hpt.host.rows import row_columns, token_fields
-from verl_hpt.plan import DEMO, PADDING, ROLLOUT, Plan, Question
+from verl_hpt.host.rows import AddedRow, row_columns, token_fields
+from verl_hpt.plan import DEMO, PADDING, ROLLOUT, Plan, PlanSettings, Question, plan
 
+NONE, NO_TOKENS = np.zeros(0), np.zeros(0, dtype=int)
 TOKENS = ("prompts", "responses", "input_ids", "position_ids", "response_mask", "loss_mask")
 
 
@@ -33,25 +34,36 @@ class Content:
 
 @dataclass
 class Case:
-    """Questions for the plan, and the content of their rows by (question, kind, index)."""
+    """Questions for the plan, and the content of their rows by (question, kind, index).
+
+    stream, buffer: what stands beside them, the buffer's a list for each of its optimizer steps; numbered on.
+    """
 
     questions: list[Question]
     content: dict[tuple[int, int, int], Content]
     other: dict[tuple[int, int, int], float] = field(default_factory=dict)
+    stream: list[Question] = field(default_factory=list)
+    buffer: list[list[Question]] = field(default_factory=list)
+
+    def planned(self, settings: PlanSettings) -> Plan:
+        return plan(self.questions, settings, stream=self.stream, buffer=self.buffer)
 
 
 def random_case(
-    seed: int, groups: list[tuple[list[float], int]], *, longest: int = 12, vocabulary: int = 64, level: float = -3.0
-) -> Case:
+    seed: int, groups: list[tuple], *, longest: int = 12, vocabulary: int = 64, level: float = -3.0, stream: int = 0,
+    buffer: int = 0,
+) -> Case:  # fmt: skip
     """Questions with the given rewards and numbers of demonstrations; answers of 1 to ``longest`` tokens.
 
     Some tokens in the middle of an answer are not the row's own (a tool's), so that masks are no prefixes.
 
-    level: what old and reference log-probs are drawn around, ±0.8 (log space).
+    groups: (rewards, demonstrations) of each question, or (rewards, demonstrations, prefixes): how many tokens of one
+    demonstration each rollout begins with. level: what old and reference log-probs are drawn around, ±0.8 (log space).
+    stream, buffer: how many demonstrations stand beside the questions.
     """
     draw = random.Random(seed)
     questions, content, other = [], {}, {}
-    for number, (rewards, demos) in enumerate(groups):
+    for number, (rewards, demos, *_) in enumerate(groups):
         prompt = [draw.randrange(vocabulary) for _ in range(draw.randint(2, 6))]
         lengths: dict[int, list[int]] = {ROLLOUT: [], DEMO: []}
         for kind, count in ((ROLLOUT, len(rewards)), (DEMO, demos)):
@@ -69,7 +81,36 @@ def random_case(
                 demo_rewards=np.ones(demos),
             )
         )
-    return Case(questions, content, other)
+    for number, (_, _, *prefixes) in enumerate(groups):
+        if any(map(any, prefixes)):
+            questions[number] = _started(draw, questions[number], number, *prefixes, content, vocabulary, level)
+    beside = []
+    for number in range(len(groups), len(groups) + stream + buffer):
+        prompt = [draw.randrange(vocabulary) for _ in range(draw.randint(2, 6))]
+        row = content[number, DEMO, 0] = _content(draw, prompt, longest, vocabulary, level)
+        length = np.array([sum(row.mask)])
+        beside.append(Question(f"{seed}/{number}", NONE, NO_TOKENS, demo_lengths=length, demo_rewards=np.ones(1)))
+    return Case(questions, content, other, beside[:stream], [beside[stream:]] if buffer else [])
+
+
+def _started(draw: random.Random, question: Question, number: int, prefixes, content, vocabulary, level) -> Question:
+    """The question with rollouts that begin with the first tokens of one demonstration, as verl's rows have them: not
+    among the tokens of the rollout's author."""
+    given = [draw.randrange(vocabulary) for _ in range(max(prefixes))]
+    for index, tokens in enumerate(prefixes):
+        row = content[number, ROLLOUT, index]
+        old, ref = ([level + draw.uniform(-0.8, 0.8) for _ in range(tokens)] for _ in range(2))
+        content[number, ROLLOUT, index] = Content(
+            row.prompt, given[:tokens] + row.answer, [0] * tokens + row.mask, old + row.old, ref + row.ref
+        )
+    return replace(question, prefixes=np.array(prefixes))
+
+
+def learning_tokens(case: Case, plan: Plan, layout: np.ndarray) -> list[list[int]]:
+    """1 on the tokens of each row of a layout that the loss reads: its author's, and a prefix that learns."""
+    masks = [row.mask for row in contents(case, plan, layout)]
+    given = [0 if row == PADDING else plan.prefix[row] for row in layout]
+    return [[1] * tokens + mask[tokens:] for tokens, mask in zip(given, masks, strict=True)]
 
 
 def _content(draw: random.Random, prompt: list[int], longest: int, vocabulary: int, level: float) -> Content:
@@ -109,7 +150,7 @@ def row_batch(
     rows = contents(case, plan, layout)
     names = ("old_log_probs", *(["ref_log_prob"] if ref else []))
     dtypes = {name: torch.int64 for name in TOKENS} | {name: dtype for name in names}
-    columns = token_fields([(row.prompt, row.answer, row.mask) for row in rows], dtypes)
+    columns = token_fields([AddedRow(row.prompt, row.answer, row.mask) for row in rows], dtypes)
     for name, numbers in (("old_log_probs", "old"), ("ref_log_prob", "ref")):
         if name in columns:
             columns[name] = jagged([torch.tensor(getattr(row, numbers), dtype=dtype) for row in rows])

@@ -30,7 +30,7 @@ from verl_hpt.gate import GateSettings
 from verl_hpt.host.loss_fn import hpt_loss
 from verl_hpt.loss import ROW_FIELD, LossSpec
 from verl_hpt.methods import METHODS
-from verl_hpt.plan import Plan, PlanSettings, plan
+from verl_hpt.plan import Plan, PlanSettings
 
 
 def worker_on(model: str) -> TrainingWorker:
@@ -69,12 +69,15 @@ def whole_gradient(module: torch.nn.Module) -> torch.Tensor:
 
 def planned(setting: Setting, ranks: int) -> tuple[Case, Plan]:
     method = METHODS[setting.method]
-    case = random_case(7, list(setting.groups), vocabulary=VOCABULARY, level=-math.log(VOCABULARY))
+    case = random_case(
+        7, list(setting.groups), vocabulary=VOCABULARY, level=-math.log(VOCABULARY), stream=setting.stream,
+        buffer=setting.buffer,
+    )  # fmt: skip
     settings = PlanSettings(
         method, setting.normalization or method.normalization, 16.0, 0.3, GateSettings(), ranks=ranks,
         questions_per_step=setting.questions_per_step, rows_multiple=setting.rows // ranks,
     )  # fmt: skip
-    result = plan(case.questions, settings)
+    result = case.planned(settings)
     assert result.rows_per_step == setting.rows, "the same rows a step on every number of ranks"
     return case, result
 
@@ -90,7 +93,7 @@ def rank_batch(setting: Setting, cut: Cut, rank: int, ranks: int) -> TensorDict:
         "mini_batch_size": result.rows_per_step,
         "epochs": 1,
         "dataloader_kwargs": {"shuffle": False},
-        "calculate_entropy": setting.method == "srft" or setting.entropy_coeff != 0,
+        "calculate_entropy": "entropy" in METHODS[setting.method].needs or setting.entropy_coeff != 0,
         "use_dynamic_bsz": cut.dynamic,
         "micro_batch_size_per_gpu": result.rows_per_step // ranks // cut.count,
         # Rows cannot be split: a budget of exactly a part of the tokens would give more parts than wanted.

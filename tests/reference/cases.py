@@ -16,6 +16,29 @@ QUESTIONS = [
 ]
 PARTIAL = ("partly-right", [0.0, 0.5, 0.25, 0.0, 1.0], 1)
 
+# Rollouts that start from a demonstration: (reward, tokens of its prefix, label where that is not enough to tell which
+# of them started alike) or (reward, label of its hint).
+PREFIXED = {
+    "several-lengths": [(1.0, 0), (0.0, 0), (0.0, 0), (1.0, 2), (0.0, 7)],
+    "shared": [(0.0, 0), (1.0, 0), (1.0, 4), (0.0, 4), (0.0, 4), (1.0, 11)],
+    "none-started": [(1.0, 0), (0.0, 0), (0.0, 0)],
+    "all-started": [(1.0, 3), (0.0, 3), (0.0, 6), (0.5, 1)],
+    "one-plain": [(0.25, 0), (1.0, 5)],
+    "two-demonstrations": [(0.0, 0), (1.0, 0), (1.0, 6, "a"), (0.0, 6, "a"), (0.0, 6, "b"), (1.0, 6)],
+    "alone": [(1.0, 0)],
+    "alone-started": [(1.0, 8)],
+    "failed": [(0.0, 0), (0.0, 0), (0.0, 4), (0.0, 4)],
+    "partly": [(0.5, 0), (0.25, 0), (0.75, 10), (0.0, 9), (1.0, 9)],
+}
+HINTED = {
+    "plain": [(1.0, None), (0.0, None), (0.0, None)],
+    "all-alike": [(1.0, "a"), (0.0, "a"), (1.0, "a"), (0.0, "a")],
+    "two-hints": [(1.0, "a"), (0.0, "a"), (0.5, "b"), (0.0, "b")],
+    "half": [(0.0, None), (0.0, None), (1.0, 1), (0.0, 1)],
+    "one-alone": [(0.0, None), (1.0, None), (1.0, 2)],
+    "failed": [(0.0, None), (0.0, 1), (0.0, 1)],
+}
+
 
 def random_case(
     seed: int,
@@ -57,8 +80,30 @@ def random_case(
     return {"hpt": {**settings, **hpt}, "questions": questions}
 
 
-def _row(rng: random.Random, reward: float, spread: float) -> dict:
-    length = rng.randint(1, 9)
+def placed_case(
+    seed: int, method: str, place: str, normalization: str | None = None, *, spread: float = 1.6, **hpt
+) -> dict:
+    """A case for a method whose demonstrations stand elsewhere; place: prefix, hint, stream or buffer."""
+    case = random_case(seed, method, normalization, spread=spread, **hpt)
+    rng = random.Random(f"{seed}/{method}/{place}")
+    if place in ("stream", "buffer"):
+        case[place] = [_row(rng, 1.0, spread) for _ in range(5)]
+        return case
+    case["questions"] = []
+    for uid, rows in (PREFIXED if place == "prefix" else HINTED).items():
+        rollouts = []
+        for reward, *given in rows:
+            given = dict(zip(("prefix", "start") if place == "prefix" else ("start",), given, strict=False))
+            row = _row(rng, reward, spread, given.get("prefix", 0))
+            row["entropy"] = [rng.choice([x, 0.5, 1.0]) for x in row["entropy"]]  # some are equal
+            rollouts.append(row | given)
+        case["questions"].append({"uid": uid, "rollouts": rollouts, "demos": [_row(rng, 1.0, spread)]})
+    rng.shuffle(case["questions"])
+    return case
+
+
+def _row(rng: random.Random, reward: float, spread: float, prefix: int = 0) -> dict:
+    length = prefix + rng.randint(1, 9)
     log_prob = [-rng.expovariate(0.9) - 0.01 for _ in range(length)]
     near = rng.random() < 0.5
     width = 3e-4 if near else spread

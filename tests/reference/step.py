@@ -60,9 +60,11 @@ class Question:
 
 @dataclass
 class Term:
+    """tokens: loss of each token that the term is made of, before normalisation; those of the row, or of a part."""
+
     kind: str  # "R" or "S"
     row: Row
-    tokens: list[Tensor]  # loss of each token, before normalisation
+    tokens: list[Tensor]
 
 
 @dataclass
@@ -192,12 +194,12 @@ def normalised(terms: list[Term], questions: int, s: Settings) -> dict[Key, Tens
     """Each row's share of the loss of one optimizer step, by the table of normalisations."""
     rows: dict[str, dict[str, dict[Key, int]]] = {"R": {}, "S": {}}  # kind -> question -> row -> tokens
     for term in terms:
-        rows[term.kind].setdefault(term.row.key[0], {})[term.row.key] = len(term.row)
+        rows[term.kind].setdefault(term.row.key[0], {})[term.row.key] = len(term.tokens)
     tokens = {kind: sum(sum(of.values()) for of in rows[kind].values()) for kind in rows}
 
     shares: dict[Key, Tensor] = {}
     for term in terms:
-        length = len(term.row)
+        length = len(term.tokens)
         siblings = len(rows[term.kind][term.row.key[0]])
         share = torch.zeros((), dtype=torch.float64)
         for value in term.tokens:

@@ -32,7 +32,7 @@ from verl_hpt.data.write import Writer, groups, schema_of
 from verl_hpt.demos.demonstration import plain
 from verl_hpt.demos.select import stable_hash
 from verl_hpt.errors import UserError
-from verl_hpt.host.contract import FIELDS
+from verl_hpt.host.contract import reserved
 
 _NAMES = 1000  # names of fields, and kinds of bad rows, that are told apart
 _READ_BY = {"prompt": "--prompt-key", "target": "--demo-key", "reward_model.ground_truth": "--answer-key"}
@@ -123,7 +123,7 @@ def carry(made: dict, row: Row, layout: Layout, options: Options, used: frozense
         value, taken = plain(value), []
         if name in read_whole or (name in made and not value):
             continue
-        if name in FIELDS:
+        if reserved(name):
             problem = "verl's rows or its agent loop have a field of that name, whose place the column would take"
             raise UserError(f"{row.file}: field `{name}`: {problem}; --drop {name} leaves it out")
         if name in ("extra_info", "reward_model") and not isinstance(value, dict):

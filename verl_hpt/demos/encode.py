@@ -230,6 +230,8 @@ def _for_template(message: dict) -> dict:
     message = {**message, "content": message.get("content") or ""}
     if not message.get("tool_calls"):
         return message
+    if not isinstance(message["tool_calls"], list):
+        raise Unusable("not_text", "tool calls must be a list")
     calls = []
     for call in message["tool_calls"]:
         function = call.get("function", call) if isinstance(call, dict) else None

@@ -16,6 +16,7 @@ from verl_hpt.demos.demonstration import Demonstration, Unusable, demonstrations
 from verl_hpt.demos.read import read
 from verl_hpt.demos.select import select
 from verl_hpt.errors import UserError
+from verl_hpt.estimator import STARTS
 from verl_hpt.gate import Decision
 from verl_hpt.history import UNKNOWN, Past
 from verl_hpt.plan import PlanSettings, Question, decide
@@ -169,7 +170,9 @@ class Scored:
     """What is known of the rows of a batch once they are scored; (rows of the batch,) each.
 
     scores, returns: verifier's score, and what Â is made of; counted: tokens that learn; lengths: tokens of the
-    response; truncated: bool, cut at the length limit; metric: what the gate reads in place of the score, or None.
+    response; truncated: bool, cut at the length limit; metric: what the gate reads in place of the score, or None;
+    prefixes: tokens of a demonstration that the response begins with; starts: 0 where it started from nothing, equal
+    where two of a question started alike.
     """
 
     scores: np.ndarray
@@ -178,6 +181,8 @@ class Scored:
     lengths: np.ndarray
     truncated: np.ndarray
     metric: np.ndarray | None = None
+    prefixes: np.ndarray | None = None
+    starts: np.ndarray | None = None
 
 
 def _questions(
@@ -199,6 +204,8 @@ def _questions(
             returns=scored.returns[rows],
             metric=None if scored.metric is None else scored.metric[rows],
             truncated=scored.truncated[rows],
+            prefixes=None if scored.prefixes is None else scored.prefixes[rows],
+            starts=None if scored.starts is None else scored.starts[rows],
             skipped_rollouts=int(plain(group.columns.get(SKIPPED)) or 0),
             source=group.source,
             history=known.numbers,
@@ -231,7 +238,7 @@ def questions_of(
     pairs = list(_questions(groups, scored, past, settings))
     questions, decisions = [question for question, _ in pairs], [decision for _, decision in pairs]
     shown = [
-        reader.usable(group, counts, known) if settings.method.demos and decision.asks_for_demo else []
+        reader.usable(group, counts, known) if settings.method.place not in STARTS and decision.asks_for_demo else []
         for group, known, decision in zip(groups, past, decisions, strict=True)
     ]
     if likelihoods is not None:

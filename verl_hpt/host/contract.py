@@ -48,8 +48,9 @@ LEANED_ON = (
     (f"{_TRAINER}._compute_advantage", ("batch", "metrics"),
      ("self.config.algorithm.adv_estimator", '"rm_scores"', '"token_level_rewards"', '"advantages"',
       '"rollout_is_weights"'), "trainer: GAE for ppo; fields that gate, plan and loss read"),
-    (f"{_TRAINER}._compute_old_log_prob", ("batch", "metrics"), ('"old_log_probs"', '"rollout_log_probs"'),
-     "trainer: log-probs of demonstrations"),
+    (f"{_TRAINER}._compute_old_log_prob", ("batch", "metrics"),
+     ('"old_log_probs"', '"rollout_log_probs"', '"actor/entropy"'),
+     "trainer: log-probs of demonstrations; beside: the entropy that steers λ"),
     (f"{_TRAINER}._compute_ref_log_prob", ("batch", "metrics"), ('"ref_log_prob"', "batch.extra_info.update("),
      "trainer: reference log-probs of demonstrations"),
     (f"{_TRAINER}._update_actor", ("batch", "metrics"),
@@ -67,6 +68,20 @@ LEANED_ON = (
     ("verl.trainer.ppo.v1.agent_loop_tq:", (), ('"__rollout_n__"',), "trainer: a question's own number of rollouts"),
     (_OUTPUT, (), ('"prompts"', '"responses"', '"response_mask"', '"rm_scores"', '"extra_fields"'),
      "rows, trainer: a rollout's fields; a score is a number a token"),
+    (f"{_LOOP}.generate_sequences", (), ('"agent_name" not in batch',), "trainer: a question's own agent loop"),
+    (f"{_LOOP}._run_prompt", (), ("session_id=i",), "start_loop: each session knows its number"),
+    ("verl.experimental.agent_loop.agent_loop:_agent_loop_registry", (), (), "plugin: the loop of started rollouts"),
+    ("verl.experimental.agent_loop.agent_loop:AgentLoopBase", ("trainer_config", "server_manager", "tokenizer"),
+     ("self.continuous_token_builder =", "self.config =", "self.loop ="), "start_loop: what it reads"),
+    ("verl.experimental.agent_loop.single_turn_agent_loop:SingleTurnAgentLoop.run", ("sampling_params",),
+     ('kwargs["raw_prompt"]', "self.server_manager.generate(", "sampling_params=sampling_params", "response_mask["),
+     "start_loop: a prefix before what is generated, a hint in the prompt"),
+    ("verl.trainer.ppo.utils:create_rl_dataset", ("data_paths", "data_config", "tokenizer", "processor"), (),
+     "trainer: the stream's files"),
+    ("verl.utils.tokenizer.continuous_token_wiring:create_continuous_token_builder",
+     ("tokenizer", "hf_model_type", "chat_template_kwargs"), (), "trainer: prompts of the stream, as rollouts have"),
+    ("verl.utils.tokenizer.continuous_token:ContinuousTokenBuilder.build_initial_tokens", ("messages",), (),
+     "trainer, start_loop: a prompt's tokens"),
     ("verl.experimental.agent_loop.agent_loop:AgentLoopWorker", (), ("np.array([v] * n)",),
      "trainer: why columns are packed"),
     ("verl.trainer.ppo.padding_utils:", (), ("is_padding=True",), "batch: verl's own padding rows are left out"),
@@ -102,15 +117,17 @@ _READ = {
         "trainer.v1": "trainer_mode",
         "algorithm": "norm_adv_by_std_in_grpo rollout_correction.rollout_is",
         _MODEL: "path trust_remote_code use_fused_kernels",
-        _ROLLOUT: f"n temperature max_model_len calculate_log_probs {_CUTS}", "actor_rollout_ref.ref": _CUTS,
-        _ACTOR: "ppo_mini_batch_size ppo_epochs use_dynamic_bsz ppo_micro_batch_size_per_gpu clip_ratio clip_ratio_low "
-                "clip_ratio_high clip_ratio_c entropy_coeff calculate_entropy use_kl_loss kl_loss_coef kl_loss_type "
-                "loss_agg_mode",
+        _ROLLOUT: f"n temperature max_model_len calculate_log_probs {_CUTS}",
+        "actor_rollout_ref.ref": _CUTS,
+        _ACTOR: "ppo_mini_batch_size ppo_epochs use_dynamic_bsz ppo_micro_batch_size_per_gpu clip_ratio "
+                "clip_ratio_low clip_ratio_high clip_ratio_c entropy_coeff calculate_entropy use_kl_loss kl_loss_coef "
+                "kl_loss_type loss_agg_mode",
     },
     "refusals": {
         "algorithm": "filter_groups.enable rollout_correction.bypass_mode", "distillation": "enabled",
         "reward": "reward_manager.name reward_model.enable",
-        _ACTOR: "shuffle policy_loss.loss_mode", _ROLLOUT: "enable_rollout_routing_replay", "critic": "enable",
+        _ACTOR: "shuffle policy_loss.loss_mode", "critic": "enable",
+        _ROLLOUT: "enable_rollout_routing_replay name agent.default_agent_loop",
     },
 }  # fmt: skip
 CONFIG = tuple(  # path, who reads it
@@ -127,6 +144,11 @@ FIELDS = (
     "advantages", "returns", "rollout_is_weights", "temperature", "output", "validate", "sampling_params", "trajectory",
     "trace", "session_id",
 )  # fmt: skip
+
+
+def reserved(column: str) -> bool:
+    """Whether a dataset's column has a name that verl's rows or ours need."""
+    return column in FIELDS or column.startswith("hpt_")
 
 
 def verl_version() -> str:
@@ -170,12 +192,12 @@ def missing_settings(config=None) -> list[str]:
     if config is None:
         with hydra.initialize_config_module("verl.trainer.config", version_base=None):
             config = hydra.compose("ppo_trainer")
-    absent = object()
-    return [
-        f"the setting {path} ({user})"
-        for path, user in CONFIG
-        if OmegaConf.select(config, path, default=absent, throw_on_missing=False) is absent
-    ]
+
+    def lacks(path: str) -> bool:  # one that must be set ("???") is there
+        node, _, name = path.rpartition(".")
+        return name not in (OmegaConf.select(config, node) or {}).keys()
+
+    return [f"the setting {path} ({user})" for path, user in CONFIG if lacks(path)]
 
 
 def check() -> str:

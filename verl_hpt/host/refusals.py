@@ -5,10 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-from verl_hpt.config import CLIPS, Clips, Gate, Settings, clips, find_method, gates, parse
+from verl_hpt.config import (
+    CLIPS,
+    Buffer,
+    Clips,
+    Gate,
+    Settings,
+    Stream,
+    clips,
+    demo_coef,
+    find_method,
+    gates,
+    parse,
+    start_of,
+)  # fmt: skip
 from verl_hpt.errors import raise_all, read, shown
-from verl_hpt.estimator import Method
+from verl_hpt.estimator import STARTS, Method
 from verl_hpt.methods import METHODS
+from verl_hpt.places.starts import PLAIN, Adapted
 
 ACTOR = "actor_rollout_ref.actor"
 OVERLONG = "reward.reward_kwargs.overlong_buffer_cfg"
@@ -34,6 +48,8 @@ def settle(config, node: Mapping | None, *, has_reference: bool, has_critic: boo
         problems += [
             *_method(config, settings, method, has_reference, has_critic),
             *_demo(settings, method, has_reference),
+            *_placed(config, settings, method),
+            *_starts(config, settings, method),
             *_shaped(config, settings, method),
         ]
     raise_all(problems, "verl-hpt refuses this config:")
@@ -138,7 +154,7 @@ def _method(config, settings: Settings, method: Method, has_reference: bool, has
     has_log_probs = config.actor_rollout_ref.rollout.get("calculate_log_probs")
     kl_in_reward = config.algorithm.get("use_kl_in_reward")
     for where, gate in gates(settings).items():
-        if method.when != "gate" and (gate.threshold != 0.0 or gate.count is not None or gate.function is not None):
+        if method.when != "gate" and _is_set(gate):
             yield f"{where} is set, but {name} has no gate; drop it, or choose {WITH_GATE}"
     yield from _of(
         (settings.history.early_gate is not None and method.when in ("never", "always"),
@@ -169,6 +185,102 @@ def _method(config, settings: Settings, method: Method, has_reference: bool, has
     imitated = method.s_estimator.needs if method.when == "own" else frozenset()
     for column in sorted(imitated & {"teacher_log_prob", "other_log_prob"}):
         yield f"{name} imitates its own rollouts too (when: own), and these have no {column}"
+
+
+def _is_set(gate: Gate) -> bool:
+    """Whether it says when a question goes to its demonstration."""
+    return gate.threshold != 0.0 or gate.count is not None or gate.function is not None
+
+
+def _placed(config, settings: Settings, method: Method) -> Iterator[str]:
+    """Demonstrations elsewhere than beside their question's rollouts or among them: what that place needs and ends."""
+    name, place, demo = f"method {method.name}", method.place, settings.demo
+    elsewhere, successes = place not in ("separate", "group"), settings.buffer.content == "successes"
+    in_its_place = f"{name} has its demonstrations elsewhere (place: {place})"
+    value, history = demo_coef(settings, method), settings.history
+    epochs = config.actor_rollout_ref.actor.get("ppo_epochs")
+    yield from _of(
+        (settings.stream != Stream() and place != "stream",
+         f"hpt.stream is set, but {name} has no stream; drop it, or choose chord_mu, chord_phi"),
+        (settings.buffer != Buffer() and place != "buffer",
+         f"hpt.buffer is set, but {name} has no buffer; drop it, or choose relift"),
+        (place == "stream" and not settings.stream.files,
+         f"{name} needs demonstrations beside the questions; set hpt.stream.files to parquet files in the form of the "
+         "training data's"),
+        (method.convex and not (value >= 0 and value <= 1),
+         f"hpt.demo_coef={value}: {name} weighs rollouts with 1 − λ, so λ must lie between 0 and 1"),
+        (place == "buffer" and epochs != 1,
+         f"{ACTOR}.ppo_epochs={epochs}: {name} would train its buffer so often too; set it to 1"),
+        (place == "buffer" and successes and any(_is_set(gate) for gate in gates(settings).values()),
+         f"hpt.gate is set, but with hpt.buffer.content=successes {name} collects of every question that is partly "
+         "solved; drop it"),
+        (place == "buffer" and successes and "other_log_prob" in method.needs_of_demos,
+         f"hpt.buffer.content=successes: {name} needs log-probs of other models, which own rollouts do not have"),
+        (place == "buffer" and successes and "teacher_log_prob" in method.needs_of_demos,
+         f"hpt.buffer.content=successes: {name} needs log-probs of a teacher, which own rollouts do not have"),
+        (elsewhere and history.retire_after is not None,
+         f"hpt.history.retire_after={history.retire_after} has no effect: {in_its_place}; drop it"),
+        (elsewhere and history.cooldown, f"hpt.history.cooldown={history.cooldown} has no effect: {in_its_place}"),
+        (elsewhere and demo.select in ("round_robin", "unseen_first"),
+         f"hpt.demo.select={demo.select} counts uses, and {in_its_place}, which has none; set first, random or "
+         "shortest"),
+        (elsewhere and demo.likelihood_of != "column",
+         f"hpt.demo.likelihood_of={demo.likelihood_of} takes a pass in the update, and {in_its_place}; use a column"),
+        (elsewhere and demo.per_question > 1,
+         f"hpt.demo.per_question={demo.per_question}: {in_its_place}, one a question; set it to 1"),
+    )  # fmt: skip
+
+
+def _starts(config, settings: Settings, method: Method) -> Iterator[str]:
+    """Rollouts that start from demonstrations."""
+    name, rollout = f"method {method.name}", config.actor_rollout_ref.rollout
+    if method.place not in STARTS:
+        if settings.start is not None:
+            yield f"hpt.start is set, but {name} starts no rollout from a demonstration; drop it, or choose prefix_rft"
+        return
+    start, n, loop = start_of(settings, method), rollout.n, (rollout.get("agent") or {}).get("default_agent_loop")
+    against_plain = method.r_estimator is not None and method.r_estimator.advantage.over_starts is not None
+    if start.share is None:
+        yield f"hpt.start.share=null: {name} has none of its own; set how much of a demonstration rollouts start from"
+    if isinstance(start.share, list) and len(start.share) != n:
+        yield (
+            f"hpt.start.share={start.share}: must have a number for each rollout, actor_rollout_ref.rollout.n={n}; it "
+            f"has {len(start.share)}"
+        )
+    elif isinstance(start.share, list) and settings.start is not None and settings.start.rollouts is not None:
+        yield (
+            f"hpt.start.rollouts={settings.start.rollouts} has no effect: hpt.start.share has a number for each "
+            "rollout; drop it"
+        )
+    many = start.rollouts if not isinstance(start.share, list) else sum(share > 0 for share in start.share)
+    yield from _of(
+        (loop not in (None, "single_turn_agent"),
+         f"actor_rollout_ref.rollout.agent.default_agent_loop={loop}: {name} brings an agent loop of its own, of one "
+         "turn; set it to single_turn_agent"),
+        (rollout.get("name") == "trtllm",
+         "actor_rollout_ref.rollout.name=trtllm does not read how many tokens a rollout has left, and "
+         f"{name} needs it; set vllm or sglang"),
+        (against_plain and (many == "all" or many >= n),
+         f"hpt.start.rollouts={many}: {name} compares started rollouts with others, and of actor_rollout_ref.rollout.n="
+         f"{n} none is left; set fewer"),
+        (many == "all" and isinstance(start.share, Adapted),
+         f"hpt.start.rollouts=all: the length of {name} follows the solve rate of rollouts that start from nothing; "
+         "set fewer"),
+        (many != "all" and not against_plain and many > n,
+         f"hpt.start.rollouts={many}: actor_rollout_ref.rollout.n is {n}; set fewer, or all"),
+        (many == "all" and start.after_failures,
+         f"hpt.start.after_failures={start.after_failures} with hpt.start.rollouts=all: no rollout would say when the "
+         "question is solved without help; leave one out"),
+        (method.place == "prefix" and start.template != PLAIN.template,
+         f"hpt.start.template is set, but {name} gives no hint in the prompt; drop it"),
+        (method.place == "hint" and isinstance(start.share, Adapted),
+         f"hpt.start.share={start.share}: a hint is a share of a text, not a number of tokens; set a number"),
+        (config.algorithm.get("use_kl_in_reward") and method.place == "prefix" and method.term("R") is not None,
+         f"{name} rewards tokens of prefixes, and algorithm.use_kl_in_reward=True has their KL left out; set it to "
+         "False"),
+        (method.rescored and method.uses_critic,
+         f"{name} trains rollouts on another prompt than they had, and a critic valued them with it"),
+    )  # fmt: skip
 
 
 def _demo(settings: Settings, method: Method, has_reference: bool) -> Iterator[str]:

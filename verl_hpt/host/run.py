@@ -8,16 +8,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from omegaconf import OmegaConf
 
-from verl_hpt import __version__, config
+from verl_hpt import config
 from verl_hpt.demos.demonstration import demonstrations, plain
 from verl_hpt.demos.encode import end_of_answers
 from verl_hpt.demos.read import unpacked
 from verl_hpt.errors import UserError, raise_all
+from verl_hpt.estimator import STARTS
 from verl_hpt.gate import always_demo
 from verl_hpt.history import Lifecycle, identity, names_question
 from verl_hpt.host import advantage, contract, refusals
 from verl_hpt.host.alarms import Alarms
+from verl_hpt.host.banner import banner
 from verl_hpt.host.batch import SKIPPED, Group, Reader
+from verl_hpt.host.beside import Beside
+from verl_hpt.host.started import START
 from verl_hpt.loss import ROW_FIELD, TOKEN_FIELDS, LossSpec
 from verl_hpt.plan import Plan, PlanSettings
 
@@ -38,6 +42,8 @@ class Run:
         self.settings, self.method = refusals.settle(
             verl_config, node, has_reference=has_reference, has_critic=has_critic
         )
+        own = self.method.place == "buffer" and self.settings.buffer.content == "successes"
+        self.reads_demos = self.method.reads_demos and not own
         advantage.switch_on(self.method)
         self.normalization = self.settings.normalization or self.method.normalization
         self.length_scale = self.settings.rl_length_scale or float(verl_config.data.max_response_length)
@@ -58,59 +64,53 @@ class Run:
         self.token_columns = tuple(name for name, on in read.items() if on)
         temperature = ["temperature"] if self.row_temperature is not None else []
         self.own_fields = (ROW_FIELD, *temperature, *(TOKEN_FIELDS[name] for name in self.token_columns))
-        self.lifecycle = Lifecycle(self.settings, rollout.n)
+        self.lifecycle = Lifecycle(self.settings, rollout.n, config.start_of(self.settings, self.method))
+        self.beside = Beside(self.settings, self.method, rollout.n, int(verl_config.data.max_response_length) - 1)
         self.alarms = Alarms(scheduled=lambda step: self._all_on_demos(step, rollout.n))
-        print(self.banner(verl, fused), flush=True)
+        print(banner(self, verl, fused), flush=True)
 
     # --- before training -----------------------------------------------------------------------------------------
 
-    def banner(self, verl: str, fused: bool) -> str:
-        """What this run does, and what is taken from verl's config, in a few lines."""
-        actor, gate = self.verl_config.actor_rollout_ref.actor, self.settings.gate
-        switch = f"solved ≤ {gate.count}" if gate.count is not None else f"solved ≤ {_shown(gate.threshold)}·n"
-        if gate.function is not None:
-            arguments = ", ".join(f"{name}={value}" for name, value in gate.kwargs.items())
-            switch = f"{gate.function}({arguments})" if arguments else gate.function
-        algorithm = self.verl_config.algorithm
-        reached = "score" if gate.metric is None else gate.metric
-        finished = " and not cut at the length limit" if gate.finished else ""
-        when = {"gate": f"where {switch} ({reached} ≥ {gate.success}{finished})", "never": "never"}.get(
-            self.method.when, self.method.when
-        )
-        clip = config.clips(actor)
-        kl, off = actor.kl_loss_coef if actor.use_kl_loss else "off", "off (no rollouts)"
-        entropy, kl = (actor.entropy_coeff, kl) if self.method.rollouts is not None else (off, off)
-        lines = [
-            f"verl-hpt {__version__} on verl {verl}: method {self.method.name}, {self.method.formula}",
-            f"  demonstrations: column {self.settings.demo.key!r}, {when}, λ = {_shown(self.settings.demo_coef)}",
-            f"  normalization: {self.normalization} (L = {self.length_scale:g}); actor.loss_agg_mode="
-            f"{actor.get('loss_agg_mode')} and norm_adv_by_std_in_grpo={algorithm.get('norm_adv_by_std_in_grpo')} "
-            "are not read",
-            f"  from verl: clip {clip['clip_low']}/{clip['clip_high']}/c={clip['clip_c']}, entropy_coeff={entropy}, "
-            f"KL loss {kl}, {actor.ppo_mini_batch_size} questions an optimizer step, ppo_epochs={actor.ppo_epochs}",
+    def starts(self, key: str, n: int, step: int) -> list[float]:
+        """How much of its demonstration each of a question's n rollouts starts from. -> (n,)"""
+        return self.beside.amounts(key, self.lifecycle.history.of(key).failures, n, step)
+
+    @property
+    def stream_files(self) -> list[str]:
+        """The stream's files, none where the method has no stream."""
+        files = self.settings.stream.files
+        return [] if files is None or self.method.place != "stream" else [files] if isinstance(files, str) else files
+
+    def model_type(self) -> str | None:
+        """The model's type in its config.json, by which verl chooses how prompts become tokens."""
+        from transformers import AutoConfig
+
+        model = self.verl_config.actor_rollout_ref.model
+        trust = bool(model.get("trust_remote_code"))
+        return AutoConfig.from_pretrained(model.path, trust_remote_code=trust).model_type
+
+    def check_stream(self, dataset, validation) -> None:
+        """Columns of the stream's files, and prompts that stand in the validation data too."""
+        table = getattr(dataset, "dataframe", None)
+        columns, named = getattr(table, "column_names", None), self._demo_columns()
+        if columns is None:
+            return
+        if self.settings.question_key is not None:
+            named["hpt.question_key"] = self.settings.question_key
+        problems = [
+            f"{key}={column!r}: hpt.stream.files have no such column; they have {', '.join(columns)}"
+            for key, column in named.items()
+            if column not in columns
         ]
-        temperature = self.verl_config.actor_rollout_ref.rollout.temperature
-        if temperature != 1.0 and fused and self.method.demos:
-            lines.append(
-                f"  note: fused kernels take one temperature a batch, so demonstrations are scored at T = {temperature}"
-            )
-        if self.settings.rollouts.truncated != "keep":
-            lines.append(f"  rollouts cut at the length limit: {self.settings.rollouts.truncated}")
-        if self.method.place == "group" and self.settings.demo.reward is None:
-            lines.append(
-                "  a demonstration's reward in its group: the largest of hpt.gate.success and the group's best (set "
-                "hpt.demo.reward to a number or a column for another)"
-            )
-        compared = f"the gate compares {reached} with {gate.success:g}"
-        shaped = [f"{option}: {meaning}; {compared}" for option, meaning in refusals.shaped_rewards(self.verl_config)]
-        weight = "WARNING" if gate.metric is None else "note"
-        lines += [f"  {weight}: {text}" for text in shaped if self.method.when not in ("never", "always")]
-        if self.method.name == "gspo" and clip["clip_high"] > 0.01:
-            lines.append("  note: GSPO's paper clips at 3e-4/4e-4; set actor.clip_ratio_low/high")
-        for label, text in (("unverified", self.method.unverified), ("approximate", self.method.approximate)):
-            if text:
-                lines.append(f"  {label}: {text}")
-        return "\n".join(lines)
+        problems += _multi_modal(table, columns, self.verl_config.data, "hpt.stream.files")
+        raise_all(problems, "the stream's files do not fit the settings:")
+        key = self.verl_config.data.prompt_key
+        held_out = getattr(validation, "dataframe", None)
+        if held_out is not None and key in held_out.column_names:
+            known = {str(plain(prompt)) for prompt in held_out[key]}
+            shared = sum(str(plain(prompt)) in known for prompt in table[key])
+            if shared:
+                logger.warning("hpt.stream.files: %d of %d prompts are validation prompts too", shared, len(table))
 
     def check_columns(self, dataset) -> None:
         """Every column and data source that the settings name is in the training data, and every question is named."""
@@ -123,12 +123,12 @@ class Run:
             for key, column in self._named_columns().items()
             if column not in columns
         ]
-        fields = {*contract.FIELDS, ROW_FIELD, *TOKEN_FIELDS.values(), SKIPPED}
+        agent = {"agent_name"} if self.method.place in STARTS else set()
         problems += [
             f"the training data's column {name!r} has the name of a field of verl's rows, or of an argument of its "
             "agent loop, and would take its place: rename it, or leave it out (`verl-hpt data convert --drop NAME`)"
             for name in columns
-            if name in fields
+            if contract.reserved(name) or name in agent
         ]
         if self.settings.per_source:
             sources = sorted({str(plain(source)) for source in table[SOURCE]} if SOURCE in columns else ())
@@ -155,7 +155,7 @@ class Run:
         demo = self.settings.demo
         model = self.verl_config.actor_rollout_ref.model.path
         self.eos, stops, problem = end_of_answers(tokenizer, model, demo.eos)
-        if self.method.demos and problem:
+        if (self.method.demos or self.reads_demos) and problem:
             raise UserError(problem)
         self.stops = stops | {self.eos}
         self.context = context_length(self.verl_config.actor_rollout_ref)
@@ -177,10 +177,11 @@ class Run:
             method=self.method,
             normalization=self.normalization,
             length_scale=self.length_scale,
-            demo_coef=config.at(self.settings.demo_coef, step),
+            demo_coef=self.beside.demo_coef(step),
             gate=self.settings.gate.at(step),
             gates={source: own.gate.at(step) for source, own in self.settings.per_source.items()},
             truncated=self.settings.rollouts.truncated,
+            collects=self.settings.buffer.content,
             questions_per_step=actor.ppo_mini_batch_size,
             ranks=ranks,
             rows_multiple=1 if actor.use_dynamic_bsz else actor.ppo_micro_batch_size_per_gpu,
@@ -189,7 +190,7 @@ class Run:
 
     def question_fields(self) -> list[str]:
         """Columns read once a question."""
-        names = ["prompts", "data_source", "extra_info", "raw_prompt", "multi_modal_inputs", SKIPPED]
+        names = ["prompts", "data_source", "extra_info", "raw_prompt", "multi_modal_inputs", SKIPPED, START]
         return list(dict.fromkeys([*names, *self._named_columns().values()]))
 
     def sampling_fields(self) -> list[str]:
@@ -258,7 +259,11 @@ class Run:
             full: rollouts of each question, where none is left out.
         """
         skipped = self.lifecycle.skipped_rollouts([question.key for question in questions], full)
-        if self.method.when != "gate" or self.verl_config.trainer.v1.trainer_mode != "sync":
+        if (
+            self.method.when != "gate"
+            or self.method.place == "buffer"
+            or self.verl_config.trainer.v1.trainer_mode != "sync"
+        ):
             return skipped
         bounds, key = self.plan_settings(step, 1), self.settings.demo.key
         on_demo = [
@@ -288,24 +293,19 @@ class Run:
         return limit if self.context is None else min(limit, self.context - prompt)
 
     def _named_columns(self) -> dict[str, str]:
-        demo, named = self.settings.demo, {}
-        if self.method.demos:
-            named["hpt.demo.key"] = demo.key
-            named |= {f"hpt.demo.{name}": column for name, column in demo.columns().items()}
+        named = {}
+        if self.reads_demos:
+            named |= self._demo_columns()
         if self.settings.question_key is not None:
             named["hpt.question_key"] = self.settings.question_key
         return named
 
-
-def _shown(value) -> str:
-    """A number, or a schedule in a few words."""
-    if not isinstance(value, config.Schedule):
-        return f"{value:g}"
-    warmup = f" after {value.warmup} of warm-up" if value.warmup else ""
-    return f"{value.start:g} → {value.end:g} ({value.shape}, {value.steps} steps{warmup})"
+    def _demo_columns(self) -> dict[str, str]:
+        demo = self.settings.demo
+        return {"hpt.demo.key": demo.key, **{f"hpt.demo.{name}": column for name, column in demo.columns().items()}}
 
 
-def _multi_modal(table, columns: Sequence[str], data) -> Iterator[str]:
+def _multi_modal(table, columns: Sequence[str], data, whose: str = "the training data") -> Iterator[str]:
     """Prompts with images, videos or sounds: in columns of their own, or as parts of the first prompt's messages."""
     remedy = "multi-modal prompts are not supported yet. Leave such rows out, or train them with another adv_estimator"
     for key, default in (("image_key", "images"), ("video_key", "videos"), ("audio_key", "audios")):
@@ -315,14 +315,14 @@ def _multi_modal(table, columns: Sequence[str], data) -> Iterator[str]:
             cells = (cell.as_py() for cell in table.data.column(column)) if hasattr(table, "data") else table[column]
             first = next((row for row, cell in enumerate(cells, start=1) if cell is not None and len(cell)), None)
             if first is not None:
-                yield f"data.{key}={column!r}: row {first} of the training data has something there; {remedy}"
+                yield f"data.{key}={column!r}: row {first} of {whose} has something there; {remedy}"
     prompts = table[data.prompt_key] if data.prompt_key in columns and hasattr(table, "__len__") else ()
     messages = plain(next(iter(prompts), None))
     for message in messages if isinstance(messages, list) else ():
         content = message.get("content") if isinstance(message, Mapping) else None
         for part in content if isinstance(content, list) else ():
             if isinstance(part, Mapping) and part.get("type") in ("image", "video", "audio"):
-                yield f"data.prompt_key={data.prompt_key!r}: row 1 of the training data has an {part['type']}; {remedy}"
+                yield f"data.prompt_key={data.prompt_key!r}: row 1 of {whose} has an {part['type']}; {remedy}"
                 return
 
 

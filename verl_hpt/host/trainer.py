@@ -17,20 +17,26 @@ import torch
 from omegaconf import OmegaConf, open_dict
 from tensordict import NonTensorData, NonTensorStack
 from verl.trainer.ppo.core_algos import kl_penalty
-from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.trainer.ppo.utils import create_rl_dataset, need_critic, need_reference_policy
+from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
 
 from verl_hpt.demos.demonstration import Demonstration, plain
 from verl_hpt.demos.read import packed
+from verl_hpt.demos.stored import Entry
 from verl_hpt.errors import UserError
+from verl_hpt.estimator import STARTS
 from verl_hpt.host import contract, queue
 from verl_hpt.host.batch import SKIPPED, Group, Scored, gate_metric, group_rows, questions_of, row_sums
+from verl_hpt.host.beside import collected, question_of
 from verl_hpt.host.loss_fn import hpt_loss
-from verl_hpt.host.rows import ENGINE_FIELDS, Step, token_fields
+from verl_hpt.host.rows import ENGINE_FIELDS, AddedRow, Step, token_fields
 from verl_hpt.host.run import Run
+from verl_hpt.host.started import START, STARTED, Starts, check_prefixes, starts_of
 from verl_hpt.metrics import of_plan, of_update
-from verl_hpt.plan import PADDING, plan
+from verl_hpt.plan import PADDING, ROLLOUT, Plan, outcome_of, plan
 
 ROLLOUTS = "__rollout_n__"  # verl's column: rollouts of a question, where they differ
+AGENT = "agent_name"  # verl's column: the agent loop of a question
 
 
 class RowTemperature(dict):
@@ -76,6 +82,21 @@ class HybridMixin:
         for loader in (self.train_dataloader, self.val_dataloader):
             loader.collate_fn = partial(packed, collate=loader.collate_fn)
         self.hpt.bind_tokenizer(self.tokenizer)
+        self._open_stream()
+
+    def _open_stream(self):
+        """The stream's files, read and filtered by verl as its training data are; prompts become a rollout's tokens."""
+        files, data = self.hpt.stream_files, self.config.data
+        if not files:
+            return
+        dataset = create_rl_dataset(files, data, self.tokenizer, self.processor, is_train=True)
+        self.hpt.check_stream(dataset, self.val_dataset)
+        builder = create_continuous_token_builder(
+            self.tokenizer,
+            hf_model_type=self.hpt.model_type(),
+            chat_template_kwargs=data.get("apply_chat_template_kwargs") or {},
+        )
+        self.hpt.beside.open_stream(dataset, builder.build_initial_tokens, self.hpt.reader)
 
     def on_init_end(self):
         super().on_init_end()
@@ -95,6 +116,13 @@ class HybridMixin:
             left = [now - less for now, less in zip(full, skipped, strict=True)]
             for name, values in ((ROLLOUTS, left), (SKIPPED, skipped)):
                 batch[name] = NonTensorStack.from_list([NonTensorData(value) for value in values])
+        if self.hpt.method.place in STARTS:
+            left = full if skipped is None else left
+            starts = [
+                self.hpt.starts(question.key, n, self.global_steps) for question, n in zip(questions, left, strict=True)
+            ]
+            for name, values in ((START, starts), (AGENT, [START] * len(starts))):
+                batch[name] = NonTensorStack.from_list([NonTensorData(value) for value in values])
         return batch
 
     def _save_checkpoint(self):
@@ -103,6 +131,7 @@ class HybridMixin:
         folder = os.path.join(trainer.default_local_dir, f"global_step_{self.global_steps}")
         self.hpt.lifecycle.save(folder)
         self.hpt.alarms.save(folder)
+        self.hpt.beside.save(folder)
         super()._save_checkpoint()
 
     def _load_checkpoint(self):
@@ -113,6 +142,7 @@ class HybridMixin:
             folder = trainer.resume_from_path if trainer.resume_mode == "resume_path" else latest
             self.hpt.lifecycle.load(folder)
             self.hpt.alarms.load(folder)
+            self.hpt.beside.load(folder)
 
     def _compute_advantage(self, batch, metrics):
         changes = {"algorithm.adv_estimator": "gae"} if self.hpt.method.uses_critic else {}
@@ -136,6 +166,7 @@ class HybridMixin:
                 self.global_steps, step.groups, step.questions, step.demos, step.plan, step.counts
             )
         )
+        metrics.update(self.hpt.beside.after(self.global_steps, metrics))
         self.hpt.alarms.scored(step.questions, settings)
         metrics.update(self.hpt.alarms.watch(self.global_steps, metrics))
         return batch
@@ -146,13 +177,75 @@ class HybridMixin:
         """Read what the gate needs, decide, plan."""
         groups = group_rows(batch.keys, [not real for real in queue.real_rows(batch)])
         self._read_questions(batch, groups)
-        scored = self._read_rows(batch, groups)
+        started = self._read_starts(batch, groups) if self.hpt.method.place in STARTS else None
+        scored = self._read_rows(batch, groups, started)
         past = self.hpt.lifecycle.past(groups, self.global_steps)
         likelihoods = partial(self._likelihoods, batch) if self.hpt.choosing_pass else None
         questions, demos, counts, decisions = questions_of(
             groups, scored, self.hpt.reader, settings, self.global_steps, past, likelihoods
         )
-        return Step(groups, questions, demos, counts, scored, plan(questions, settings, decisions))
+        counts.update({} if started is None else started.counts)
+        stream = self.hpt.beside.from_stream(self.global_steps, counts)
+        buffer = self.hpt.beside.from_buffer(self._collected(batch, groups, questions, decisions, demos, settings))
+        parts = [[question_of(entry) for entry in part] for part in (stream, *buffer)]
+        planned = plan(questions, settings, decisions, parts[0], parts[1:])
+        beside = [*stream, *(entry for part in buffer for entry in part)]
+        rescored = self._rescored(batch, groups, planned, scored) if self.hpt.method.rescored else {}
+        return Step(groups, questions, demos, counts, scored, planned, beside, rescored)
+
+    def _read_starts(self, batch, groups: list[Group]) -> Starts:
+        """How each row started, from what its agent loop says; its prompt without the hint becomes the question's.
+
+        Raises:
+            RuntimeError: a response does not begin with its demonstration; names the question.
+        """
+        rows = [row for group in groups for row in group.rows]
+        fields = queue.read([batch.keys[row] for row in rows], batch.partition_id, ["extra_fields"])["extra_fields"]
+        told = dict(zip(rows, (plain(cell).get(STARTED) for cell in fields), strict=True))
+        started = starts_of(len(batch.keys), groups, told, self.hpt.reader)
+        begun = np.flatnonzero(started.prefixes)
+        if len(begun):
+            responses = queue.read([batch.keys[row] for row in begun], batch.partition_id, ["responses"])["responses"]
+            check_prefixes(groups, started, dict(zip(begun, responses.unbind(), strict=True)))
+        return started
+
+    def _collected(self, batch, groups, questions, decisions, demos, settings) -> list[Entry]:
+        """What this step puts into the buffer."""
+        if self.hpt.method.place != "buffer":
+            return []
+        if settings.collects == "demonstrations":
+            return collected(groups, decisions, demos, settings, self.global_steps)
+        kept = [(g, q) for g, q, d in zip(groups, questions, decisions, strict=True) if d.zone == "keep"]
+        first = [int(np.argmax(outcome_of(question, settings).correct)) for _, question in kept]
+        keys = [batch.keys[group.rows[place]] for (group, _), place in zip(kept, first, strict=True)]
+        if not keys:
+            return []
+        names = ["responses", "loss_mask", "old_log_probs"]
+        data = queue.read(keys, batch.partition_id, names)
+        return [
+            Entry(
+                group.key, group.source, np.asarray(group.prompt).tolist(),
+                *(data[name][i].tolist() for name in names[:2]), float(question.rewards[place]),
+                old_log_probs=data["old_log_probs"][i].tolist(), step=self.global_steps,
+            )
+            for i, ((group, question), place) in enumerate(zip(kept, first, strict=True))
+        ]  # fmt: skip
+
+    def _rescored(self, batch, groups: list[Group], planned: Plan, scored: Scored) -> dict[int, AddedRow]:
+        """Rollouts with a hint, as they are trained: on the prompt without it, with the log-probs that they had."""
+        rows = {
+            row: groups[planned.question[row]].rows[planned.index[row]]
+            for row in np.flatnonzero(planned.kind == ROLLOUT)
+        }
+        rows = {row: of_batch for row, of_batch in rows.items() if scored.starts[of_batch]}
+        if not rows:
+            return {}
+        names = ["responses", "loss_mask", "old_log_probs"]
+        data = queue.read([batch.keys[of_batch] for of_batch in rows.values()], batch.partition_id, names)
+        return {
+            row: AddedRow(groups[planned.question[row]].prompt, *(data[name][i].tolist() for name in names))
+            for i, row in enumerate(rows)
+        }
 
     def _read_questions(self, batch, groups: list[Group]) -> None:
         """Prompt, identity and dataset columns of each group, from its first rollout."""
@@ -169,7 +262,7 @@ class HybridMixin:
             if plain(group.columns.get("multi_modal_inputs")):
                 raise UserError(f"{group.named()}: multi-modal prompts are not supported yet")
 
-    def _read_rows(self, batch, groups: list[Group]) -> Scored:
+    def _read_rows(self, batch, groups: list[Group], started: Starts | None = None) -> Scored:
         """What is known of each row; 0 where it is verl's padding."""
         rows = np.array([row for group in groups for row in group.rows], dtype=int)
         in_reward = self.config.algorithm.use_kl_in_reward
@@ -184,12 +277,18 @@ class HybridMixin:
         scores, lengths = sums("rm_scores"), np.zeros(len(batch.keys), dtype=int)
         lengths[rows] = data["loss_mask"].offsets().diff().numpy()
         returns = sums("token_level_rewards") if in_reward else scores
-        truncated, metric = self._truncated(batch, groups, lengths), self._gate_metric(batch, groups, scores)
-        return Scored(scores, returns, sums("loss_mask"), lengths, truncated, metric)
+        longer = np.zeros(len(batch.keys), dtype=int) if started is None else started.longer
+        truncated, metric = self._truncated(batch, groups, lengths, longer), self._gate_metric(batch, groups, scores)
+        starts = () if started is None else (started.prefixes, started.starts)
+        return Scored(scores, returns, sums("loss_mask"), lengths, truncated, metric, *starts)
 
-    def _truncated(self, batch, groups: list[Group], lengths: np.ndarray) -> np.ndarray:
-        """Rows that were cut: their response fills the length limit, and its last token is no stop id."""
-        full = [row for g in groups for row in g.rows if lengths[row] >= self.hpt.length_limit(len(g.prompt))]
+    def _truncated(self, batch, groups: list[Group], lengths: np.ndarray, longer: np.ndarray) -> np.ndarray:
+        """Rows that were cut: their response fills the length limit, and its last token is no stop id.
+
+        longer: tokens that a row's prompt has beyond its question's, of a hint.
+        """
+        limit = self.hpt.length_limit
+        full = [row for g in groups for row in g.rows if lengths[row] >= limit(len(g.prompt) + longer[row])]
         truncated = np.zeros(len(batch.keys), dtype=bool)
         if full:
             responses = queue.read([batch.keys[row] for row in full], batch.partition_id, ["responses"])["responses"]
@@ -234,9 +333,13 @@ class HybridMixin:
             names = [name for name in fields if name not in self.hpt.own_fields]
             of_added = token_fields(rows, queue.dtypes(batch, [*names, *self.hpt.pass_fields]))
             queue.put(written, partition, of_added | columns(layout[added]))
-            demos = [key for key, row in zip(written, layout[added], strict=True) if row != PADDING]
-            for need in sorted(self.hpt.method.needs_of_demos & {"old_log_prob", "ref_log_prob"}):
-                self._pass(need, demos, partition)
+            real = [(key, row) for key, row, at in zip(written, rows, layout[added], strict=True) if at != PADDING]
+            needs = self.hpt.method.needs_of_demos & {"old_log_prob", "ref_log_prob"}
+            if step.rescored and "ref_log_prob" in fields:
+                needs |= {"ref_log_prob"}
+            for need in sorted(needs):
+                kept = need == "old_log_prob"  # where it is kept, it is not taken anew
+                self._pass(need, [k for k, row in real if not kept or row.old_log_probs is None], partition)
         mixed = queue.meta(keys, partition, fields, self._extra_info(batch.extra_info))
         queue.check_fields(mixed, of_added)
         return mixed
@@ -247,7 +350,7 @@ class HybridMixin:
     def _likelihoods(self, batch, pairs: Sequence[tuple[Group, Demonstration]]) -> list[float]:
         """Mean log-likelihood a token of demonstrations, nats, by verl's own pass over rows made for it."""
         keys, partition = queue.new_keys(len(pairs)), batch.partition_id
-        rows = [(group.prompt, demo.ids, demo.mask) for group, demo in pairs]
+        rows = [AddedRow(group.prompt, demo.ids, demo.mask) for group, demo in pairs]
         columns = token_fields(rows, queue.dtypes(batch, [*ENGINE_FIELDS, *self.hpt.pass_fields]))
         if self.hpt.row_temperature is not None:
             columns["temperature"] = torch.ones(len(rows))
@@ -259,7 +362,7 @@ class HybridMixin:
             log_probs = queue.read(keys, partition, [name])[name].unbind()
         finally:
             queue.clear(keys, partition)
-        masks = [torch.tensor(mask, dtype=torch.float64) for _, _, mask in rows]
+        masks = [torch.tensor(row.mask, dtype=torch.float64) for row in rows]
         return [
             float((row.double()[: len(mask)] * mask).sum() / mask.sum())
             for row, mask in zip(log_probs, masks, strict=True)

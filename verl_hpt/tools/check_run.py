@@ -133,11 +133,11 @@ def _data(config, run, launch: command.Launch, options: argparse.Namespace) -> l
     if options.no_data:
         return []
     harms, made = [], [other for other in launch.others if not other.startswith(("ray ", "sleep "))]
-    for file in run_data.missing_files(config):
+    for key, file in run_data.missing_files(config, run):
         if made or "://" in file:
-            print(f"\nnot checked: data.train_files: {file} is not on this machine")
+            print(f"\nnot checked: {key}: {file} is not on this machine")
         else:
-            harms.append(f"data.train_files: {file}: no such file on this machine (--no-data leaves files alone)")
+            harms.append(f"{key}: {file}: no such file on this machine (--no-data leaves files alone)")
     for text, hurts in run_data.check_data(config, run, options):
         print(f"\n{text}")
         harms += ["the training data, see above"] if hurts else []

@@ -18,6 +18,7 @@ import argparse
 import json
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 from verl_hpt import config
 from verl_hpt.demos.demonstration import relative
 from verl_hpt.errors import UserError, raise_all, read
-from verl_hpt.estimator import Method, row_terms
+from verl_hpt.estimator import BESIDE, STARTS, Method, row_terms
 from verl_hpt.gate import NEVER_DRAWN, Remembered
 from verl_hpt.parts import ON_DEMAND, Constants, Tokens
 from verl_hpt.plan import DEMO, Plan, PlanSettings, Question, plan
@@ -74,11 +75,23 @@ class Row(BaseModel):
 
 
 class Rollout(Row):
-    """truncated: it was cut at the length limit; metric: what ``hpt.gate.metric`` reads."""
+    """truncated: it was cut at the length limit; metric: what ``hpt.gate.metric`` reads.
+
+    prefix: how many of its tokens, the first ones, a demonstration wrote. start: equal where rollouts of the question
+    started alike (the same hint); by default, and where it is 0, by prefix.
+    """
 
     reward: float
+    prefix: int = Field(0, ge=0)
+    start: str | int | None = None
     truncated: bool = False
     metric: float | None = None
+
+    @model_validator(mode="after")
+    def _has_tokens_of_its_own(self):
+        if self.prefix >= self.length:
+            raise ValueError(f"prefix={self.prefix}: must leave a token of the {self.length} to the rollout")
+        return self
 
 
 class Demonstration(Row):
@@ -105,11 +118,14 @@ class CaseQuestion(BaseModel):
 
 
 class Case(BaseModel):
-    """actor: verl's clip range. step: the step that schedules are read at."""
+    """actor: verl's clip range. step: the step that schedules are read at. stream, buffer: demonstrations beside the
+    batch's questions, and in an optimizer step of their own."""
 
     model_config = STRICT
     hpt: Any = None
     questions: list[CaseQuestion] = Field(min_length=1)
+    stream: list[Demonstration] = []
+    buffer: list[Demonstration] = []
     actor: config.Clips = config.Clips()
     step: int = Field(1, ge=0)
 
@@ -123,7 +139,7 @@ def explain(case: Mapping, import_modules: bool = False) -> dict:
         rows: in input order, a dict a row that trains: uid, kind, index, zone, advantage (null on SFT rows),
             weight {rl, demo}, coefficient {rl, demo} (a number a token) and gradient, d loss / d log_prob a token;
         dropped: rows that do not train, and why;
-        loss: rl sums rollout rows, demo sums demonstration rows, whatever the term.
+        loss: rl sums what rollouts wrote, demo what demonstrations did (a row, or its prefix), whatever the term.
 
     Raises:
         UserError: every place in the case that is wrong, and the choices.
@@ -137,36 +153,61 @@ def explain(case: Mapping, import_modules: bool = False) -> dict:
             "trust them, add --import-modules"
         )
     method = config.resolve_method(settings)
-    raise_all([*_misfits(case.questions, method, settings)], "this case does not fit its settings:")
+    raise_all([*_misfits(case, method, settings)], "this case does not fit its settings:")
     clip = {constant: getattr(case.actor, name) for name, constant in config.CLIPS.items()}
     demo_reward = settings.demo.reward if isinstance(settings.demo.reward, float) else math.nan
     questions = [_question(question, i, settings, demo_reward) for i, question in enumerate(case.questions)]
+    beside = {
+        name: [
+            _question(CaseQuestion(uid=f"{name}[{i}]", demos=[row]), i, settings, demo_reward)
+            for i, row in enumerate(getattr(case, name))
+        ]
+        for name in BESIDE
+    }
     rows = [[*question.rollouts, *question.demos] for question in case.questions]
+    rows += [[row] for name in BESIDE for row in getattr(case, name)]
     result = plan(
         questions,
         PlanSettings(
             method=method,
             normalization=settings.normalization or method.normalization,
             length_scale=settings.rl_length_scale or max(row.length for of_question in rows for row in of_question),
-            demo_coef=config.at(settings.demo_coef, case.step),
+            demo_coef=config.at(config.demo_coef(settings, method), case.step),
             gate=settings.gate.at(case.step),
             gates={source: own.gate.at(case.step) for source, own in settings.per_source.items()},
             truncated=settings.rollouts.truncated,
             questions_per_step=len(questions),
         ),
+        stream=beside["stream"],
+        buffer=[beside["buffer"]] if case.buffer else [],
     )
-    return _tell([*zip(questions, rows, strict=True)], result, method, config.constants(settings, **clip))
+    entries = [*zip([*questions, *beside["stream"], *beside["buffer"]], rows, strict=True)]
+    zones = [decision.zone for decision in result.decisions] + [name for name in BESIDE for _ in beside[name]]
+    return _tell(entries, zones, result, method, config.constants(settings, **clip))
 
 
 def _metric(question: CaseQuestion, settings: config.Settings) -> str | None:
     return settings.per_source.get(str(question.source), settings).gate.metric
 
 
-def _misfits(questions: list[CaseQuestion], method: Method, settings: config.Settings) -> Iterator[str]:
-    """What questions lack for this method and these settings; of a number that rows lack, the first place."""
+def _misfits(case: Case, method: Method, settings: config.Settings) -> Iterator[str]:
+    """What a case lacks for its method and settings, or has too much; of a number that rows lack, the first place."""
+    questions = case.questions
+    for name in BESIDE:
+        if getattr(case, name) and method.place != name:
+            yield f"case.{name}: method {method.name!r} has none (its demonstrations' place is {method.place!r})"
+    for i, question in enumerate(questions):
+        for j, row in enumerate(question.rollouts):
+            for key, place in (("prefix", ("prefix",)), ("start", STARTS)):
+                if getattr(row, key) and method.place not in place:
+                    yield (
+                        f"case.questions[{i}].rollouts[{j}].{key}={getattr(row, key)!r}: method {method.name!r} does "
+                        f"not start rollouts so (its demonstrations' place is {method.place!r})"
+                    )
     estimators = {"rollouts": [method.rollouts], "demos": [method.r_estimator, method.s_estimator]}
     needs = {kind: {name for e in found if e is not None for name in e.needs} for kind, found in estimators.items()}
     needs["rollouts"] |= {"advantage"} if method.uses_critic else set()
+    needs["rollouts"] |= needs["demos"] if method.place == "prefix" else set()
     uids, missing = [question.uid if question.uid is None else str(question.uid) for question in questions], {}
     for i, question in enumerate(questions):
         if not question.rollouts and not question.demos:
@@ -186,10 +227,14 @@ def _misfits(questions: list[CaseQuestion], method: Method, settings: config.Set
 def _question(question: CaseQuestion, place: int, settings: config.Settings, demo_reward: float) -> Question:
     """The question as the plan takes it; demo_reward: what a demonstration without a reward counts as."""
     rollouts, demos, metric = question.rollouts, question.demos, _metric(question, settings)
+    labels = [f"start {row.start}" if row.start else row.prefix for row in rollouts]
+    numbers = {label: number for number, label in enumerate(dict.fromkeys([0, *labels]))}
     return Question(
         key=f"questions[{place}]" if question.uid is None else str(question.uid),
         rewards=np.array([row.reward for row in rollouts], dtype=np.float64),
-        lengths=np.array([row.length for row in rollouts], dtype=int),
+        lengths=np.array([row.length - row.prefix for row in rollouts], dtype=int),
+        prefixes=np.array([row.prefix for row in rollouts], dtype=int),
+        starts=np.array([numbers[label] for label in labels], dtype=int),
         demo_lengths=np.array([row.length for row in demos], dtype=int),
         demo_rewards=np.array([demo_reward if row.reward is None else row.reward for row in demos], dtype=np.float64),
         metric=None if metric is None else np.array([row.metric for row in rollouts], dtype=np.float64),
@@ -200,7 +245,9 @@ def _question(question: CaseQuestion, place: int, settings: config.Settings, dem
     )
 
 
-def _tell(entries: list[tuple[Question, list[Row]]], result: Plan, method: Method, constants: Constants) -> dict:
+def _tell(
+    entries: list[tuple[Question, list[Row]]], zones: list[str], result: Plan, method: Method, constants: Constants
+) -> dict:
     def name(number: int, kind: int, index: int) -> dict:
         kind = "demo" if kind == DEMO else "rollout"
         return {"uid": entries[number][0].key, "kind": kind, "index": int(index)}
@@ -215,14 +262,17 @@ def _tell(entries: list[tuple[Question, list[Row]]], result: Plan, method: Metho
         w_rl, w_demo = float(result.w_rl[i]), float(result.w_demo[i])
         rl, demo = terms.rl * (w_rl != 0), terms.demo * (w_demo != 0)
         weights = relative(row.token_weights, np.ones(row.length)) if row.token_weights else 1.0
-        of_tokens = torch.tensor(weights, dtype=torch.float64)  # multiplies the row's weights on each token
-        value = -(of_tokens * (w_rl * terms.rl_value * (w_rl != 0) + w_demo * terms.demo_value)).sum()
-        loss["demo" if is_demo else "rl"] += float(value)
+        of_tokens = torch.tensor(weights, dtype=torch.float64) * tokens.mask  # multiplies the row's weights on each
+        value = -(of_tokens * (w_rl * terms.rl_value * (w_rl != 0) + w_demo * terms.demo_value))
+        by_demo = tokens.mask if is_demo else torch.zeros_like(tokens.mask) if tokens.prefix is None else tokens.prefix
+        loss["demo"] += float(value[by_demo].sum())
+        loss["rl"] += float(value[~by_demo].sum())
+        rl, demo = rl * tokens.mask, demo * tokens.mask
         estimator = method.r_estimator if is_demo else method.rollouts
         rows.append(
             {
                 **name(result.question[i], result.kind[i], result.index[i]),
-                "zone": result.decisions[result.question[i]].zone,
+                "zone": zones[result.question[i]],
                 "advantage": _plain(estimator.advantage(tokens)) if w_rl else None,
                 "weight": {"rl": w_rl, "demo": w_demo},
                 "coefficient": {"rl": rl[0].tolist(), "demo": demo[0].tolist()},
@@ -237,15 +287,23 @@ def _tokens(row: Row, result: Plan, i: int, method: Method, constants: Constants
     # What only the other kind of row needs, and has, is not given: computed on both, used on that one.
     columns = {name: getattr(row, name) for name in OF_TOKENS}
     columns = {name: values and [values] for name, values in columns.items() if values or name not in method.needs}
-    return on_paper(
+    advantage = [row.advantage] if method.uses_critic and row.advantage else np.nan_to_num(result.advantage[i])
+    given = torch.arange(row.length)[None] < getattr(row, "prefix", 0)  # by a demonstration
+    if method.place == "prefix" and result.prefix[i]:
+        advantage = torch.where(given, float(np.nan_to_num(result.demo_advantage[i])), torch.as_tensor(advantage))
+    tokens = on_paper(
         [row.log_prob],
-        advantage=[row.advantage] if method.uses_critic and row.advantage else np.nan_to_num(result.advantage[i]),
+        advantage=advantage,
         reward=result.reward[i],
         correct=result.correct[i],
         other_log_prob=row.other_log_prob or 0.0,
         constants=constants,
         **columns,
     )
+    if method.place != "prefix":
+        return tokens
+    learns = given & bool(result.prefix[i])
+    return replace(tokens, mask=tokens.mask & (learns | ~given), prefix=learns)
 
 
 def on_paper(log_prob, *, advantage, reward, correct, constants: Constants | None = None, **columns) -> Tokens:

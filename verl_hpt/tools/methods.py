@@ -7,6 +7,7 @@ own modules first, as ``hpt.modules`` does in a run, so that your methods stand 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
 import sys
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from verl_hpt.errors import UserError
-from verl_hpt.estimator import Estimator, Method, row_terms
+from verl_hpt.estimator import STARTS, Estimator, Method, row_terms
 from verl_hpt.methods import METHODS
 from verl_hpt.tools import show
 from verl_hpt.tools.explain import on_paper
@@ -27,6 +28,8 @@ ON_ROLLOUTS = {"method": 10, "w": 74, "own": 8, "source (arXiv)": 22}
 ON_DEMOS = {"method": 10, "stands": 13, "w on rollouts": 28, "w on demonstrations": 35, "own": 8, "source (arXiv)": 16}
 WHEN = {"gate": "by the gate", "always": "always", "never": "", "soft": "by share", "unrewarded": "if max R ≤ 0",
         "own": "own or demo"}  # fmt: skip
+PLACES = {"separate": "by itself", "group": "in the group", "prefix": "begins a rollout", "hint": "in the prompt",
+          "stream": "in a stream", "buffer": "in a buffer"}  # fmt: skip
 
 # What the curves assume where a coefficient depends on more than p, said under the picture too.
 GROUP = 8  # rows of a question's group; one of them is right
@@ -56,9 +59,14 @@ def _parts(estimator: Estimator) -> str:
 
 def stands(method: Method) -> str:
     """Where a demonstration stands, and when."""
-    if not method.demos:
+    if not _has_demos(method):
         return "–"
-    return f"{'in the group' if method.place == 'group' else 'by itself'}, {WHEN[method.when]}"
+    elsewhere = method.place not in ("separate", "group")
+    return PLACES[method.place] if elsewhere else f"{PLACES[method.place]}, {WHEN[method.when]}"
+
+
+def _has_demos(method: Method) -> bool:
+    return bool(method.demos) or method.place in STARTS
 
 
 def rows(methods: list[Method]) -> list[dict]:
@@ -66,12 +74,14 @@ def rows(methods: list[Method]) -> list[dict]:
     return [
         {
             "name": method.name,
-            "place": method.place if method.demos else None,
+            "place": method.place if _has_demos(method) else None,
             "when": method.when,
             "rollouts": None if method.rollouts is None else method.rollouts.names(),
             "demos": [{"kind": t.kind, "scale": t.scale, **t.estimator.names()} for t in method.demos],
             "formula": {"rollouts": formulas(method)[0], "demos": formulas(method)[1]},
             "normalization": method.normalization,
+            "demo_coef": _plain(method.demo_coef),
+            "start": _plain(method.start),
             "needs": sorted(method.needs),
             "critic": method.uses_critic,
             "source": method.source,
@@ -82,6 +92,10 @@ def rows(methods: list[Method]) -> list[dict]:
     ]
 
 
+def _plain(value) -> object:
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+
+
 def text(methods: list[Method]) -> str:
     """The table for a terminal of 120 columns."""
     lines = [
@@ -89,8 +103,8 @@ def text(methods: list[Method]) -> str:
         "S: SFT-shaped, demonstrations' normaliser, times λ (hpt.demo_coef). R: RL-shaped, rollouts' normaliser, no λ.",
         "r = π_θ/π_old, 1_clip: PPO's clip, γ₀ = 0.1, H: token entropy, H̄: its mean over the row, sg: stop-gradient.",
     ]
-    on_rollouts = [[m.name, formulas(m)[0], m.normalization, m.source] for m in methods if not m.demos]
-    on_demos = [[m.name, stands(m), *formulas(m), m.normalization, m.source] for m in methods if m.demos]
+    on_rollouts = [[m.name, formulas(m)[0], m.normalization, m.source] for m in methods if not _has_demos(m)]
+    on_demos = [[m.name, stands(m), *formulas(m), m.normalization, m.source] for m in methods if _has_demos(m)]
     for title, columns, cells in (
         ("On rollouts", ON_ROLLOUTS, on_rollouts),
         ("With demonstrations (stands: where and when)", ON_DEMOS, on_demos),
@@ -145,10 +159,14 @@ def rollout_curves(methods: list[Method], correct: bool) -> list[Curve]:
 
 def _terms(method: Method, estimator: Estimator, log_prob, old_log_prob, *, is_demo: bool, correct: bool):
     """``row_terms`` of rows of one token, a row for each point of the grid. log_prob, old_log_prob: (points,)"""
-    over_group = estimator.advantage.over_group
+    over_group, over_starts = estimator.advantage.over_group, estimator.advantage.over_starts
+    one_right = np.eye(GROUP)[0]
+    advantage = 0.0 if over_group is None else over_group(one_right)[0 if correct else 1]
+    if over_starts is not None:
+        advantage = over_starts(one_right, one_right)[0]
     tokens = on_paper(
         log_prob[:, None],
-        advantage=0.0 if over_group is None else over_group(np.eye(GROUP)[0])[0 if correct else 1],
+        advantage=advantage,
         reward=float(correct),
         correct=correct,
         old_log_prob=old_log_prob[:, None],

@@ -53,9 +53,10 @@ def named_files(config: DictConfig, key: str) -> list[str]:
     return [str(file) for file in (files if OmegaConf.is_list(files) else [files] if files else [])]
 
 
-def missing_files(config: DictConfig) -> list[str]:
-    """Training files that are not on this machine."""
-    return [file for file in named_files(config, "train_files") if not Path(file).is_file()]
+def missing_files(config: DictConfig, run: Run) -> list[tuple[str, str]]:
+    """Files that are trained on and not on this machine, each with the key that names it."""
+    named = {"data.train_files": named_files(config, "train_files"), "hpt.stream.files": run.stream_files}
+    return [(key, file) for key, files in named.items() for file in files if not Path(file).is_file()]
 
 
 def check_data(config: DictConfig, run: Run, options: argparse.Namespace) -> Iterator[tuple[str, bool]]:
@@ -73,9 +74,12 @@ def check_data(config: DictConfig, run: Run, options: argparse.Namespace) -> Ite
         return
     except UserError as error:
         yield f"HARM: {error}", True
-    if not run.method.demos:
-        yield f"method {run.method.name} reads no demonstrations; the files are not looked into further", False
-        return
+    if not run.reads_demos:
+        beside = " there" if run.stream_files else ""
+        yield f"method {run.method.name} reads no demonstrations{beside}; the files are not looked into further", False
+        files = [file for file in run.stream_files if Path(file).is_file()]
+        if not files:
+            return
     arguments, notes = _arguments(config, run, options)
     for file in files:
         try:
