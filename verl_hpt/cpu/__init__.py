@@ -19,6 +19,10 @@ What is set, registered or patched, why, and when it can go:
 - a critic loads with sdpa (`patches.py`): verl asks for flash attention 2 there, always. Until it reads its config.
 - a reference model is not offloaded (`patches.py`): verl pins its memory, which needs an accelerator. Until verl asks
   the platform.
+- a model that is saved to the CPU is copied (`patches.py`): `.cpu()` gives back the parameters themselves, and
+  `separate_async` would compute π_old with the new weights. Until verl copies.
+- a checkpoint engine over gloo (`checkpoint.py`): verl's others need an accelerator. Until verl ships one.
+- `logger.info(…, flush=True)` without flush (`patches.py`): it raises in `separate_async`. Until verl 0.9.1 is gone.
 - no weight packing in vLLM (`vllm.py`): packed layers lose their weight loader, so the second weight sync fails. Until
   vLLM can reload them.
 

@@ -4,6 +4,7 @@ Everything is idempotent: Ray workers and vLLM's processes may come here more th
 """
 
 import functools
+import importlib
 import importlib.metadata
 import os
 import types
@@ -22,6 +23,9 @@ def apply() -> None:
     wrapt.when_imported("verl.trainer.ppo.v1.replay_buffer")(poll_faster)
     wrapt.when_imported("verl.utils.model")(critic_without_flash_attention)
     wrapt.when_imported("verl.workers.engine.fsdp.transformer_impl")(nothing_to_offload)
+    wrapt.when_imported("verl.utils.fsdp_utils")(keep_a_copy)
+    wrapt.when_imported("verl.checkpoint_engine")(offer_gloo)
+    wrapt.when_imported("verl.trainer.ppo.v1.trainer_separate_async")(loggers_do_not_flush)
 
 
 def _around(owner, name: str):
@@ -104,3 +108,22 @@ def critic_without_flash_attention(model) -> None:
 
 def nothing_to_offload(engine) -> None:
     engine.CPUOffloadPolicy = lambda pin_memory=True: None
+
+
+def keep_a_copy(fsdp_utils) -> None:
+    """`.cpu()` of a tensor on the CPU is that tensor: what is saved would change with the next optimizer step."""
+
+    @_around(fsdp_utils, "fsdp2_sharded_save_to_cpu")
+    def copied(save, model):
+        state, spec = save(model)
+        return {name: (tensor.clone(), of_tensor) for name, (tensor, of_tensor) in state.items()}, spec
+
+
+def offer_gloo(checkpoint_engine) -> None:
+    importlib.import_module("verl_hpt.cpu.checkpoint")
+
+
+def loggers_do_not_flush(trainer) -> None:
+    @_around(trainer.logger, "info")
+    def without_flush(info, *args, flush=False, **kwargs):
+        return info(*args, **kwargs)
