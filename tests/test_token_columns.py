@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from engine.batches import announce, contents, model_output, random_case, row_batch, whole
+from omegaconf import OmegaConf
 from test_questions import Letters, group, scored
 from verl_config import compose
 
@@ -207,11 +208,8 @@ def test_rounding_and_huge_weights_do_no_harm():
 @pytest.mark.parametrize("need, rows", [("old_log_prob", 6), ("ref_log_prob", 12)])
 def test_rows_of_a_pass_divide_by_the_micro_batches_of_the_model_that_runs_it(need, rows):
     sizes = {"rollout": (False, 3), "ref": (False, 4)}
-    parts = {
-        k: SimpleNamespace(log_prob_use_dynamic_bsz=d, log_prob_micro_batch_size_per_gpu=n)
-        for k, (d, n) in sizes.items()
-    }
-    run = SimpleNamespace(verl_config=SimpleNamespace(actor_rollout_ref=SimpleNamespace(**parts)))
+    parts = {k: {"log_prob_use_dynamic_bsz": d, "log_prob_micro_batch_size_per_gpu": n} for k, (d, n) in sizes.items()}
+    run = SimpleNamespace(verl_config=OmegaConf.create({"actor_rollout_ref": {"actor": {}, **parts}}))
     assert Run.log_prob_multiple(run, 1 if need == "ref_log_prob" else 2, need) == rows
 
 

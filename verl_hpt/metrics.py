@@ -7,7 +7,7 @@ verl adds them up over micro-batches and ranks, and ``of_update`` divides them o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -262,6 +262,31 @@ def quantile(counts: np.ndarray, edges: Sequence[float], q: float) -> float:
     if not np.isfinite(high):
         return float(low)
     return float(low + (high - low) * (q - below[at]) / max(below[at + 1] - below[at], 1e-12))
+
+
+# Where a step has several updates (``parameter_sync_step``), counts are summed, of what is kept the last is taken, of
+# all else the mean over questions. verl would choose by words in a name: a source "minerva" would be a minimum.
+SUMMED = (
+    "questions", "rows/", "dropped/", "unusable", "optimizer_steps", "demo_source/", "stream/unusable", "start/tokens",
+    "start/missed", "history/retired", "history/cooling", "history/early_gated", "history/tokens_sampled",
+)  # fmt: skip
+LAST = ("history/", "buffer/entries", "stream/epoch", "demo_coef", "start/length", "all_demo_streak", "alarm/")
+
+
+def of_step(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Our metrics of a step, of those of its updates, whole or none of them: the names under ``hpt/``."""
+    found: dict[str, float] = {}
+    for key in dict.fromkeys(key for update in updates for key in update if key.startswith("hpt/")):
+        having, name = [update for update in updates if key in update], key.removeprefix("hpt/")
+        values = np.array([update[key] for update in having], dtype=np.float64)
+        if name == "history/tokens_saved" or name.startswith(SUMMED):
+            found[key] = float(values.sum())
+        elif name.startswith(LAST) or len(having) == 1:
+            found[key] = float(values[-1])
+        else:
+            weights = np.array([update.get("hpt/questions", 0.0) for update in having])
+            found[key] = float(np.average(values, weights=weights if weights.any() else None))
+    return found
 
 
 def _by_source(questions: Sequence[Question], plan: Plan, solved, rollouts) -> dict[str, float]:

@@ -42,6 +42,8 @@ LEANED_ON = (
      ("self.train_dataset =", "self.train_dataloader =", "self.val_dataloader =", "collate_fn=collate_fn"),
      "trainer: checks columns before a model loads, packs them as rows are collated"),
     (f"{_TRAINER}._setup", (), ("self.actor_rollout_wg =",), "trainer: the workers that take our loss"),
+    (f"{_TRAINER}.step", ("metrics", "timing_raw"), ("metrics_aggregator.get_aggregated_metrics()",),
+     "trainer: metrics of several updates"),
     (f"{_TRAINER}._next_train_batch", (), (), "trainer: fewer rollouts where they teach nothing"),
     (f"{_TRAINER}._balance_batch", (), ("dp",), "trainer: rows are balanced before they come to us"),
     (f"{_TRAINER}._get_required_batch_multiple", (), ("ppo_mini_batch_size",), "batch: why verl pads"),
@@ -118,8 +120,8 @@ _READ = {
         "algorithm": "norm_adv_by_std_in_grpo rollout_correction.rollout_is",
         _MODEL: "path trust_remote_code use_fused_kernels",
         _ROLLOUT: f"n temperature max_model_len calculate_log_probs {_CUTS}",
-        "actor_rollout_ref.ref": _CUTS,
-        _ACTOR: "ppo_mini_batch_size ppo_epochs use_dynamic_bsz ppo_micro_batch_size_per_gpu clip_ratio "
+        "actor_rollout_ref.ref": f"{_CUTS} strategy",
+        _ACTOR: "strategy ppo_mini_batch_size ppo_epochs use_dynamic_bsz ppo_micro_batch_size_per_gpu clip_ratio "
                 "clip_ratio_low clip_ratio_high clip_ratio_c entropy_coeff calculate_entropy use_kl_loss kl_loss_coef "
                 "kl_loss_type loss_agg_mode",
     },

@@ -66,6 +66,7 @@ class Run:
         self.own_fields = (ROW_FIELD, *temperature, *(TOKEN_FIELDS[name] for name in self.token_columns))
         self.lifecycle = Lifecycle(self.settings, rollout.n, config.start_of(self.settings, self.method))
         self.beside = Beside(self.settings, self.method, rollout.n, int(verl_config.data.max_response_length) - 1)
+        self.updates: list[dict[str, float]] = []  # our metrics of each update of the step
         self.alarms = Alarms(scheduled=lambda step: self._all_on_demos(step, rollout.n))
         print(banner(self, verl, fused), flush=True)
 
@@ -184,7 +185,8 @@ class Run:
             collects=self.settings.buffer.content,
             questions_per_step=actor.ppo_mini_batch_size,
             ranks=ranks,
-            rows_multiple=1 if actor.use_dynamic_bsz else actor.ppo_micro_batch_size_per_gpu,
+            rows_multiple=_pipeline_group(actor)
+            * (1 if actor.use_dynamic_bsz else actor.ppo_micro_batch_size_per_gpu or 1),
             seed=self.settings.seed + step,
         )
 
@@ -246,7 +248,9 @@ class Run:
         parts = self.verl_config.actor_rollout_ref
         cuts = [parts.rollout, *([parts.ref] if need == "ref_log_prob" else [])]
         sizes = [1 if cut.log_prob_use_dynamic_bsz else cut.log_prob_micro_batch_size_per_gpu or 1 for cut in cuts]
-        return ranks * math.lcm(*sizes)
+        actor = self.verl_config.actor_rollout_ref.actor
+        nodes = [actor, *([self.verl_config.actor_rollout_ref.ref] if need == "ref_log_prob" else [])]
+        return ranks * math.lcm(*(size * _pipeline_group(node) for size in sizes for node in nodes))
 
     def skipped_rollouts(self, step: int, questions: Sequence[Group], full: Sequence[int]) -> list[int] | None:
         """How many of its rollouts are left out of each question that is about to be sampled; None where none is.
@@ -303,6 +307,15 @@ class Run:
     def _demo_columns(self) -> dict[str, str]:
         demo = self.settings.demo
         return {"hpt.demo.key": demo.key, **{f"hpt.demo.{name}": column for name, column in demo.columns().items()}}
+
+
+def _pipeline_group(actor) -> int:
+    """Micro-batches of a rank must be a multiple of it: Megatron with virtual pipeline stages takes them in groups."""
+    megatron = actor.get("megatron") if actor.get("strategy") == "megatron" else None
+    if megatron is None or megatron.get("virtual_pipeline_model_parallel_size") in (None, 1):
+        return 1
+    own = (megatron.get("override_transformer_config") or {}).get("microbatch_group_size_per_vp_stage")
+    return int(own or megatron.pipeline_model_parallel_size)
 
 
 def _multi_modal(table, columns: Sequence[str], data, whose: str = "the training data") -> Iterator[str]:

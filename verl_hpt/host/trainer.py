@@ -32,7 +32,7 @@ from verl_hpt.host.loss_fn import hpt_loss
 from verl_hpt.host.rows import ENGINE_FIELDS, AddedRow, Step, token_fields
 from verl_hpt.host.run import Run
 from verl_hpt.host.started import START, STARTED, Starts, check_prefixes, starts_of
-from verl_hpt.metrics import of_plan, of_update
+from verl_hpt.metrics import of_plan, of_step, of_update
 from verl_hpt.plan import PADDING, ROLLOUT, Plan, outcome_of, plan
 
 ROLLOUTS = "__rollout_n__"  # verl's column: rollouts of a question, where they differ
@@ -149,6 +149,13 @@ class HybridMixin:
         with settings_for_now(self.config, changes):
             return super()._compute_advantage(batch, metrics)
 
+    def step(self, metrics, timing_raw):
+        """verl's step; where it has several updates, our metrics are made of theirs by us (``metrics.of_step``)."""
+        self.hpt.updates = []
+        batch = super().step(metrics, timing_raw)
+        metrics.update(of_step(self.hpt.updates))
+        return batch
+
     def _update_actor(self, batch, metrics):
         settings = self.hpt.plan_settings(self.global_steps, self._ranks())
         step = self._plan_step(batch, settings)
@@ -169,6 +176,7 @@ class HybridMixin:
         metrics.update(self.hpt.beside.after(self.global_steps, metrics))
         self.hpt.alarms.scored(step.questions, settings)
         metrics.update(self.hpt.alarms.watch(self.global_steps, metrics))
+        self.hpt.updates.append({name: value for name, value in metrics.items() if name.startswith("hpt/")})
         return batch
 
     # --- what the gate reads -------------------------------------------------------------------------------------
