@@ -143,6 +143,8 @@ COUNTED = ". The gate and solve rates count others"
         ("relift", [], "buffer: demonstrations; 128 make an optimizer step of their own. Adam scales each step's "
          "gradient, so λ does next to nothing there"),
         ("relift", ["++hpt.buffer={size: 5, content: successes}"], "buffer: successes; 5 make an optimizer step"),
+        ("relift", ["++hpt.buffer={size: 5, content: successes}"],
+         "demonstrations: own solved rollouts, the first of each question that is partly solved, λ = 1"),
         ("relift", [], "demonstrations: column 'target', where solved ≤ 0·n (score ≥ 1.0 and not cut at the length "
          "limit), λ = 1"),
     ],

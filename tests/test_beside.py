@@ -68,6 +68,13 @@ def test_a_demonstration_without_a_reward_of_its_own_counts_as_solved():
     assert [one.reward for one in made.from_stream(1, Counter())] == [0.25] * 3
 
 
+def test_a_streams_unusable_row_is_not_said_to_keep_rollouts(caplog):
+    made = opened(targets=["", "a"], stream={"files": "x", "batch": 2})
+    made.from_stream(1, Counter())
+    assert any("The stream goes on without it" in text for text in caplog.messages)
+    assert not any("keeps its rollouts" in text for text in caplog.messages)
+
+
 def test_the_streams_unusable_rows_are_counted_by_reason_under_its_own_name():
     made = opened(targets=[None, "ab", "", "much too long", 7, "cd"], stream={"files": "x", "batch": 2})
     counts = Counter({"unusable": 5})

@@ -91,7 +91,7 @@ LEVELS = "[0.0, 0.0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75]"
          [["++hpt.start.rollouts=1"]]),
         (of("prefix_rft", f"++hpt.start.share=[{', '.join(['0.5'] * 8)}]"), "and of actor_rollout_ref.rollout.n=8 none",
          [[f"++hpt.start.share=[0, {', '.join(['0.5'] * 7)}]"]]),
-        (["++hpt.method=pope", f"{ROLL}.n=3"], f"hpt.start.rollouts=4: {ROLL}.n is 3; set fewer, or all",
+        (["++hpt.method=pope", f"{ROLL}.n=3"], f"hpt.start.rollouts=4: {ROLL}.n is 3; set fewer",
          [["++hpt.start.rollouts=3"], ["++hpt.start={rollouts: all, after_failures: 0}"]]),
         (["++hpt.method=g2rpo_a", f"{ROLL}.n=4", "++hpt.start.rollouts=all"],
          "hpt.start.rollouts=all: the length of method g2rpo_a follows the solve rate of rollouts that start from "
@@ -356,3 +356,12 @@ def test_every_method_builds_with_no_further_settings(name):
     assert run.method.name == name and run.plan_settings(1, 1).demo_coef == run.beside.demo_coef(1)
     assert run.reads_demos == (place != "stream") and (run.stream_files == ["experts.parquet"]) == (place == "stream")
     assert len(run.starts("question", n, 1)) == n if place in ("prefix", "hint") else run.beside.start.share is None
+
+
+def test_rescored_rollouts_have_no_correction_of_the_prompt_that_they_were_sampled_with():
+    correct = "algorithm.rollout_correction.rollout_is=token"
+    asks = [correct, f"{ROLL}.calculate_log_probs=True", "++hpt.start.rollouts=4", f"{ROLL}.n=8"]
+    text = refused("++hpt.method=guide", *asks)
+    assert "algorithm.rollout_correction.rollout_is: method guide trains hinted rollouts on another prompt" in text
+    start("++hpt.method=guide", *asks, "algorithm.rollout_correction.rollout_is=null")
+    start("++hpt.method=pope", *asks)

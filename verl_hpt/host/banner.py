@@ -26,6 +26,8 @@ def banner(run: Run, verl: str, fused: bool) -> str:
     when = {"gate": f"where {switch} ({reached} ≥ {gate.success}{finished})", "never": "never"}.get(
         run.method.when, run.method.when
     )
+    if run.method.place == "buffer" and not run.reads_demos:
+        when = "the first of each question that is partly solved"
     clip = config.clips(actor)
     kl, off = actor.kl_loss_coef if actor.use_kl_loss else "off", "off (no rollouts)"
     entropy, kl = (actor.entropy_coeff, kl) if run.method.rollouts is not None else (off, off)
@@ -64,6 +66,8 @@ def banner(run: Run, verl: str, fused: bool) -> str:
 
 
 def _where_from(run: Run) -> str:
+    if run.method.place == "buffer" and not run.reads_demos:
+        return "own solved rollouts"
     column = f"column {run.settings.demo.key!r}"
     return f"{column} of {run.settings.stream.files}" if run.method.place == "stream" else column
 

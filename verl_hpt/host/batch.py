@@ -108,6 +108,7 @@ class Reader:
         self.template_kwargs = dict(template_kwargs or {})
         self.settings, self.seed, self.columns = settings, seed, settings.columns()
         self.warned: set[str] = set()
+        self.instead = "It keeps its rollouts"  # what becomes of a question without a usable one
 
     def usable(self, group: Group, counts: Counter, past: Past = UNKNOWN) -> list[Demonstration]:
         """The question's demonstrations that it could be shown at this draw.
@@ -162,7 +163,7 @@ class Reader:
         counts[f"unusable/{why.reason}"] += 1
         if why.reason not in self.warned:
             self.warned.add(why.reason)
-            logger.warning("%s. It keeps its rollouts; further ones of this kind are counted, not named", text)
+            logger.warning("%s. %s; further ones of this kind are counted, not named", text, self.instead)
 
 
 @dataclass

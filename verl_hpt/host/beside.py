@@ -65,6 +65,7 @@ class Beside:
         """dataset: of the stream's files, as verl makes one; prompt_of: tokens of a prompt's messages."""
         if not len(dataset):
             raise UserError("hpt.stream.files: no row is left; data.max_prompt_length filters prompts that are longer")
+        reader.instead = "The stream goes on without it"
         spread = np.linspace(0, len(dataset) - 1, min(len(dataset), 16), dtype=int)
         files = stable_hash(*(plain(dataset[int(place)]["raw_prompt"]) for place in spread))
         self.stream = Stream(len(dataset), self.settings.stream.batch, self.settings.seed, f"{files:016x}")

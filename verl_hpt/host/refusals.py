@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 
@@ -211,6 +212,11 @@ def _method(config, settings: Settings, method: Method, has_reference: bool, has
         yield f"{name} imitates its own rollouts too (when: own), and these have no {column}"
 
 
+def _plain(value) -> object:
+    """A setting as it is written."""
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+
+
 def _is_set(gate: Gate) -> bool:
     """Whether it says when a question goes to its demonstration."""
     return gate.threshold != 0.0 or gate.count is not None or gate.function is not None
@@ -232,19 +238,22 @@ def _placed(config, settings: Settings, method: Method) -> Iterator[str]:
          f"{name} needs demonstrations beside the questions; set hpt.stream.files to parquet files in the form of the "
          "training data's"),
         (method.convex and not (value >= 0 and value <= 1),
-         f"hpt.demo_coef={value}: {name} weighs rollouts with 1 − λ, so λ must lie between 0 and 1"),
+         f"hpt.demo_coef={_plain(value)}: {name} weighs rollouts with 1 − λ, so λ must lie between 0 and 1"),
         (place == "buffer" and epochs != 1,
          f"{ACTOR}.ppo_epochs={epochs}: {name} would train its buffer so often too; set it to 1"),
         (place == "buffer" and successes and any(_is_set(gate) for gate in gates(settings).values()),
          f"hpt.gate is set, but with hpt.buffer.content=successes {name} collects of every question that is partly "
          "solved; drop it"),
         (place == "buffer" and successes and "other_log_prob" in method.needs_of_demos,
-         f"hpt.buffer.content=successes: {name} needs log-probs of other models, which own rollouts do not have"),
+         f"hpt.buffer.content=successes: {name} needs log-probs of other models, which own rollouts do not "
+         "have; set it to demonstrations"),
         (place == "buffer" and successes and "teacher_log_prob" in method.needs_of_demos,
-         f"hpt.buffer.content=successes: {name} needs log-probs of a teacher, which own rollouts do not have"),
+         f"hpt.buffer.content=successes: {name} needs log-probs of a teacher, which own rollouts do not have; "
+         "set it to demonstrations"),
         (elsewhere and history.retire_after is not None,
          f"hpt.history.retire_after={history.retire_after} has no effect: {in_its_place}; drop it"),
-        (elsewhere and history.cooldown, f"hpt.history.cooldown={history.cooldown} has no effect: {in_its_place}"),
+        (elsewhere and history.cooldown,
+         f"hpt.history.cooldown={history.cooldown} has no effect: {in_its_place}; set it to 0"),
         (elsewhere and demo.select in ("round_robin", "unseen_first"),
          f"hpt.demo.select={demo.select} counts uses, and {in_its_place}, which has none; set first, random or "
          "shortest"),
@@ -291,17 +300,20 @@ def _starts(config, settings: Settings, method: Method) -> Iterator[str]:
          f"hpt.start.rollouts=all: the length of {name} follows the solve rate of rollouts that start from nothing; "
          "set fewer"),
         (many != "all" and not against_plain and many > n,
-         f"hpt.start.rollouts={many}: actor_rollout_ref.rollout.n is {n}; set fewer, or all"),
+         f"hpt.start.rollouts={many}: actor_rollout_ref.rollout.n is {n}; set fewer"),
         (many == "all" and start.after_failures,
          f"hpt.start.after_failures={start.after_failures} with hpt.start.rollouts=all: no rollout would say when the "
          "question is solved without help; leave one out"),
         (method.place == "prefix" and start.template != PLAIN.template,
          f"hpt.start.template is set, but {name} gives no hint in the prompt; drop it"),
         (method.place == "hint" and isinstance(start.share, Adapted),
-         f"hpt.start.share={start.share}: a hint is a share of a text, not a number of tokens; set a number"),
+         f"hpt.start.share={_plain(start.share)}: a hint is a share of a text, not a number of tokens; set a number"),
         (config.algorithm.get("use_kl_in_reward") and method.place == "prefix" and method.term("R") is not None,
          f"{name} rewards tokens of prefixes, and algorithm.use_kl_in_reward=True has their KL left out; set it to "
          "False"),
+        (method.rescored and (config.algorithm.get("rollout_correction") or {}).get("rollout_is"),
+         f"algorithm.rollout_correction.rollout_is: {name} trains hinted rollouts on another prompt than they were "
+         "sampled with, and their weights are of that one; set it to null"),
         (method.rescored and method.uses_critic,
          f"{name} trains rollouts on another prompt than they had, and a critic valued them with it"),
     )  # fmt: skip
