@@ -6,17 +6,13 @@ Verl's engine runs once on one rank and once on two (gloo, a tiny model in float
 
 import functools
 import itertools
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from engine.batches import Case, Content, announce, contents, model_output, row_batch, whole
-from engine.settings import CUTS, SETTINGS, STARTED, VOCABULARY
+from engine.run import distance, results_of
+from engine.settings import CUTS, SETTINGS, STARTED
 
 from verl_hpt.gate import GateSettings
 from verl_hpt.host.loss_fn import hpt_loss
@@ -114,52 +110,7 @@ def test_golden_numbers_over_every_split_into_micro_batches_and_ranks(
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory) -> dict[int, dict]:
     """What verl's engine did on one rank and on two. {ranks: {(setting, cut): steps and metrics}}"""
-    folder = tmp_path_factory.mktemp("engine")
-    _write_model(folder / "model")
-    running = []
-    for ranks in RANKS:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        for rank in range(ranks):
-            log = open(folder / f"rank{rank}of{ranks}.log", "w+")  # noqa: SIM115 (read after the process ended)
-            environment = {
-                **os.environ, "RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port), "VERL_PLATFORM": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
-            }  # fmt: skip
-            command = [sys.executable, "-m", "engine.worker", str(folder / "model"), str(folder / f"{ranks}.pt")]
-            running.append(
-                (subprocess.Popen(command, cwd=Path(__file__).parent, env=environment, stdout=log, stderr=log), log)
-            )
-    try:
-        for process, log in running:
-            if process.wait(timeout=600) != 0:
-                log.seek(0)
-                pytest.fail(f"{log.name} ended with {process.returncode}:\n" + "".join(log.readlines()[-30:]))
-    finally:
-        for process, log in running:
-            process.kill()
-            process.wait()
-            log.close()
-    return {ranks: torch.load(folder / f"{ranks}.pt", weights_only=False) for ranks in RANKS}
-
-
-def _write_model(path: Path) -> None:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False, bos_token_id=None,
-        eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
-    Qwen2ForCausalLM(config).save_pretrained(path)
-
-
-def distance(gradient: torch.Tensor, reference: torch.Tensor) -> float:
-    """‖Δg‖/‖g‖"""
-    reference = reference.double()
-    return ((gradient.double() - reference).norm() / reference.norm()).item()
+    return results_of(tmp_path_factory.mktemp("engine"), {ranks: (ranks, "padded") for ranks in RANKS})
 
 
 TRAINS = [name for name in SETTINGS if name != "no active token"]

@@ -71,6 +71,12 @@ def test_zones_and_names_of_what_stands_beside():
     assert [(row["kind"], row["why"]) for row in told["dropped"]] == [("demo", "it waits in the buffer")]
 
 
+def test_a_buffer_of_successes_is_read():
+    given = case("relift", rollout(1), rollout(0))
+    given["hpt"]["buffer"] = {"content": "successes"}
+    assert [row["zone"] for row in explain(given)["rows"]] == ["keep", "keep"]
+
+
 def test_a_demonstration_that_rollouts_start_from_is_dropped_with_a_reason():
     told = explain(case("uft", rollout(1, 3), rollout(0), demos=[row(9)]))
     assert [row["kind"] for row in told["rows"]] == ["rollout", "rollout"]

@@ -51,6 +51,25 @@ def test_own_normalisations_are_the_papers():
     assert {name: METHODS[name].normalization for name in PLACED} == placed.OWN
 
 
+def test_what_the_table_says_of_places_is_the_papers():
+    places = {
+        **dict.fromkeys(["prefix_rft", "uft", "stephint", "g2rpo_a"], "prefix"),
+        **dict.fromkeys(["questa", "pope", "guide"], "hint"),
+        **dict.fromkeys(["chord_mu", "chord_phi", "amft_style"], "stream"),
+        "relift": "buffer",
+    }
+    assert {name: METHODS[name].place for name in PLACED} == places
+
+    def those(field, value):
+        return {name for name in METHODS if getattr(METHODS[name], field) == value}
+
+    assert those("baseline", "group") == {"uft", "stephint", "g2rpo_a", "guide"}
+    assert those("rescored", True) == {"guide"} and those("convex", True) == {"chord_mu", "chord_phi", "amft_style"}
+    assert {name for name in METHODS if METHODS[name].start is not None} == {
+        name for name, place in places.items() if place in ("prefix", "hint")
+    }
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("method", PLACED)
 def test_gradient_of_every_method_equals_autograd_through_its_published_loss(method, seed):

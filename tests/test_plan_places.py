@@ -271,9 +271,9 @@ def test_rates_are_of_rollouts_that_started_from_nothing():
 
 
 def test_started_rollouts_that_were_cut_are_a_share_of_the_started_and_count_as_unsolved():
-    cut = np.array([True, False, True, False])
-    told = metrics([question("a", [1, 1, 1, 1], prefixes=[0, 0, 3, 5], truncated=cut)])
-    assert (told["hpt/start/cut"], told["hpt/start/solve_rate"], told["hpt/solve_rate"]) == (0.5, 0.5, 0.5)
+    cut = np.array([True, False, True, False, False])
+    told = metrics([question("a", [1, 1, 1, 1, 0], prefixes=[0, 0, 3, 5, 5], truncated=cut)])
+    assert (told["hpt/start/cut"], told["hpt/start/solve_rate"], told["hpt/solve_rate"]) == (1 / 3, 1 / 3, 1 / 2)
 
 
 def test_hints_are_started_without_tokens_of_a_prefix():
@@ -295,6 +295,9 @@ def test_a_step_in_which_all_or_none_started_says_what_it_can():
 def test_the_strength_of_a_demonstrations_token_is_that_of_a_prefixs_or_the_streams():
     """uft: λ/prefix tokens over 1/own tokens; chord: μ/stream tokens over (1 − μ)/own tokens."""
     assert metrics([STARTED], "uft")["hpt/demo_to_rl_weight"] == pytest.approx((0.3 / 6) / (1 / 16))
+    uneven = question("a", [0, 0, 1, 1], prefixes=[0, 0, 1, 4])  # λ/2 a row, so λ over 5 tokens
+    told = metrics([uneven], "uft", normalization="sequence")
+    assert told["hpt/demo_to_rl_weight"] == pytest.approx((0.3 / 5) / (1 / 4 / 4))
     chosen, batch = settings("chord_mu"), [question("a", [1, 0])]
     told = of_plan(plan(batch, chosen, stream=beside(2, 8)), batch, chosen, Counter())
     assert told["hpt/demo_to_rl_weight"] == pytest.approx((0.3 / 10) / (0.7 / 8))

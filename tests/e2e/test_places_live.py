@@ -6,6 +6,7 @@ verl's rows and the loss were given, and against ``explain``.
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,7 @@ def live(tmp_path_factory) -> tuple[Path, list[str], Training]:
                 f"actor_rollout_ref.rollout.n={N}",
                 "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=8",
                 "actor_rollout_ref.rollout.calculate_log_probs=True",
+                "actor_rollout_ref.actor.optim.lr_warmup_steps=100",
                 f"trainer.validation_data_dir={folder / 'validation'}",
                 f"trainer.test_freq={STEPS}",
                 "++hpt.method=prefix_rft",
@@ -184,6 +186,15 @@ def test_a_stream_and_a_buffer_train_what_they_say(live):
         waiting += metrics[step]["hpt/buffer/entries"]
         trained += len(beside)
     assert trained >= 4
+
+
+def test_the_learning_rate_goes_by_updates_whatever_optimizer_steps_they_have(live):
+    _, methods, training = live
+    metrics = training.metrics()
+    steps = range(1, STEPS * len(methods) + 1)
+    rates = [metrics[step]["actor/lr"] for step in steps]
+    assert [b - a for a, b in pairwise(rates)] == pytest.approx([1e-3 / 100] * (len(rates) - 1))
+    assert {metrics[step]["hpt/optimizer_steps"] for step in steps} > {1}
 
 
 def test_explain_decides_and_weighs_as_training_does(live):

@@ -1,6 +1,6 @@
 """One rank of verl's own training worker (FSDP2, gloo) on a tiny model: the gradient of every case, nothing else.
 
-    python -m engine.worker MODEL OUT      with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and VERL_PLATFORM=cpu
+    python -m engine.worker MODEL OUT LAYOUT   with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and VERL_PLATFORM=cpu
 
 Rank 0 writes OUT: {(setting, cut): {steps: [{gradient: (parameters,), active: tokens of each micro-batch of each rank}
 per optimizer step], metrics: verl's}}.
@@ -24,6 +24,7 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 
+from engine import ulysses
 from engine.batches import Case, contents, random_case, row_batch
 from engine.settings import CUTS, SETTINGS, VOCABULARY, Cut, Setting
 from verl_hpt.gate import GateSettings
@@ -32,9 +33,24 @@ from verl_hpt.loss import ROW_FIELD, LossSpec
 from verl_hpt.methods import METHODS
 from verl_hpt.plan import Plan, PlanSettings
 
+# How verl's engine holds a batch and a model: of its model and engine config; and the settings and cuts that are run
+# beside those of one rank, where not all are.
+LAYOUTS = {
+    "padded": ({}, {}),
+    "packed": ({"use_remove_padding": True}, {}),
+    "ulysses": (
+        {"use_remove_padding": True, "override_config": {"attn_implementation": ulysses.NAME}},
+        {"ulysses_sequence_parallel_size": 2},
+    ),
+    "ulysses without its exchange": ({"use_remove_padding": True}, {"ulysses_sequence_parallel_size": 2}),
+    "lora": ({"lora_rank": 8, "lora_alpha": 16, "target_modules": "all-linear"}, {}),
+}
 
-def worker_on(model: str) -> TrainingWorker:
+
+def worker_on(model: str, layout: str = "padded") -> TrainingWorker:
     """verl's training worker of this rank, its model in float32, its optimizer's step left out."""
+    of_model, of_engine = LAYOUTS[layout]
+    torch.manual_seed(0)  # adapters are made at random
     fp32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
     worker = TrainingWorker(
         TrainingWorkerConfig(
@@ -42,12 +58,11 @@ def worker_on(model: str) -> TrainingWorker:
             model_config=HFModelConfig(
                 path=model,
                 load_tokenizer=False,
-                use_remove_padding=False,
                 enable_gradient_checkpointing=False,
-                override_config={"attn_implementation": "sdpa"},
+                **{"use_remove_padding": False, "override_config": {"attn_implementation": "sdpa"}, **of_model},
             ),
             engine_config=FSDPEngineConfig(
-                strategy="fsdp2", model_dtype="fp32", mixed_precision=fp32, use_torch_compile=False
+                strategy="fsdp2", model_dtype="fp32", mixed_precision=fp32, use_torch_compile=False, **of_engine
             ),
             optimizer_config=FSDPOptimizerConfig(lr=1e-3, total_training_steps=1000),
             checkpoint_config=CheckpointConfig(),
@@ -61,6 +76,8 @@ def whole_gradient(module: torch.nn.Module) -> torch.Tensor:
     """The gradient over all ranks' shards. -> (parameters,)"""
     parts = []
     for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
         assert parameter.grad is not None, f"{name} has no gradient: the loss was not on the graph"
         grad = parameter.grad
         parts.append((grad.full_tensor() if hasattr(grad, "full_tensor") else grad).detach().reshape(-1).clone())
@@ -116,14 +133,17 @@ def loss_of(setting: Setting):
     )  # fmt: skip
 
 
-def main(model: str, out: str) -> None:
+def main(model: str, out: str, layout: str) -> None:
     torch.set_num_threads(1)
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    worker = worker_on(model)
+    ulysses.install()
+    worker = worker_on(model, layout)
+    world, rank, ranks = (
+        int(os.environ["WORLD_SIZE"]), worker.engine.get_data_parallel_rank(), worker.engine.get_data_parallel_size(),
+    )  # fmt: skip
     steps, seen = [], []
 
     def record():
-        of_ranks = [None] * ranks
+        of_ranks = [None] * world
         torch.distributed.all_gather_object(of_ranks, seen)
         steps.append({"gradient": whole_gradient(worker.engine.module), "active": of_ranks})
         seen.clear()
@@ -140,13 +160,14 @@ def main(model: str, out: str) -> None:
     results = {}
     for name, setting in SETTINGS.items():
         for cut_name, cut in CUTS.items():
-            if cut.count > setting.rows // ranks:
+            if cut.count > setting.rows // ranks or (layout != "padded" and cut.count not in (1, 4)):
                 continue
             steps.clear()
             worker.set_loss_fn(loss_of(setting))
             output = worker.train_mini_batch(rank_batch(setting, cut, rank, ranks))
-            results[name, cut_name] = {"steps": list(steps), "metrics": dict(tu.get(output, "metrics"))}
-    if rank == 0:
+            metrics = None if output is None else dict(tu.get(output, "metrics"))
+            results[name, cut_name] = {"steps": list(steps), "metrics": metrics}
+    if int(os.environ["RANK"]) == 0:
         torch.save(results, out)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

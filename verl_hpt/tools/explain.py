@@ -176,6 +176,7 @@ def explain(case: Mapping, import_modules: bool = False) -> dict:
             gate=settings.gate.at(case.step),
             gates={source: own.gate.at(case.step) for source, own in settings.per_source.items()},
             truncated=settings.rollouts.truncated,
+            collects=settings.buffer.content,
             questions_per_step=len(questions),
         ),
         stream=beside["stream"],
