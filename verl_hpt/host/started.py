@@ -67,7 +67,7 @@ def check_prefixes(groups: Sequence[Group], started: Starts, responses: Mapping[
     for group in groups:
         for row in group.rows:
             length, demo = int(started.prefixes[row]), started.shown.get(row)
-            if length and (demo is None or list(map(int, responses[row][:length])) != demo.ids[:length]):
+            if length and (demo is None or np.asarray(responses[row][:length]).tolist() != demo.ids[:length]):
                 raise RuntimeError(
                     f"{group.named()}: a rollout that should begin with {length} tokens of its demonstration does not. "
                     "An agent loop, a reward or a dataset of your own may have changed it on the way; else please "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -295,8 +295,8 @@ class HybridMixin:
 
         longer: tokens that a row's prompt has beyond its question's, of a hint.
         """
-        limit = self.hpt.length_limit
-        full = [row for g in groups for row in g.rows if lengths[row] >= limit(len(g.prompt) + longer[row])]
+        limit = cache(self.hpt.length_limit)
+        full = [row for g in groups for row in g.rows if lengths[row] >= limit(len(g.prompt) + int(longer[row]))]
         truncated = np.zeros(len(batch.keys), dtype=bool)
         if full:
             responses = queue.read([batch.keys[row] for row in full], batch.partition_id, ["responses"])["responses"]
