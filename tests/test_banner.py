@@ -170,3 +170,18 @@ def test_prefixes_that_are_imitated_at_another_temperature_are_told_of(capsys):
 def test_the_banner_has_no_line_of_places_where_demonstrations_stand_beside_their_rollouts(capsys):
     text = banner(capsys) + banner(capsys, "++hpt.method=luffy") + banner(capsys, "++hpt.method=grpo")
     assert not any(f"  {place}: " in text for place in ("starts", "hints", "stream", "buffer"))
+
+
+@pytest.mark.parametrize("mode", ["colocate_async", "separate_async"])
+def test_a_trainer_that_samples_ahead_is_told_of_rollout_correction_and_of_old_histories(capsys, mode):
+    ahead = f"trainer.v1.trainer_mode={mode}"
+    advice = (
+        f"  note: trainer_mode={mode} trains on rollouts of older weights; algorithm.rollout_correction.rollout_is="
+    )
+    gate = ["++hpt.history.early_gate={after_failures: 2, rollouts: 1}", f"{ROLL}.n=4"]
+    old = f"  note: the early gate decides as a question is drawn; in trainer_mode={mode} its history is steps old"
+    assert advice in banner(capsys, ahead) and old not in banner(capsys, ahead)
+    assert advice not in banner(capsys) and advice not in banner(capsys, ahead, "++hpt.method=sft")
+    corrected = ["algorithm.rollout_correction.rollout_is=token", f"{ROLL}.calculate_log_probs=True"]
+    assert advice not in banner(capsys, ahead, *corrected)
+    assert old in banner(capsys, ahead, *gate) and old not in banner(capsys, *gate)

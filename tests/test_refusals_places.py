@@ -203,7 +203,7 @@ SHARE = "must be a number or a schedule {start, end, steps, shape, warmup}, at l
         ({"start": {"share": {"tokens": 5, "every": 1}}},
          "hpt.start.share.every=1: must be a whole number at least 2: ", {"share": {"tokens": 5, "every": 2}}),
         ({"start": {"share": "half"}}, "hpt.start.share='half': must be null or a number or a schedule {start, end, "
-         "steps, shape, warmup} or a uniform {low, high} or a chunks {chunks, p} or a adapted {tokens, every} or a "
+         "steps, shape, warmup} or a uniform {low, high} or a chunks {chunks, p} or an adapted {tokens, every} or a "
          "list, got str", {"share": 0.5}),
         ({"start": {"rollouts": 0}}, "hpt.start.rollouts=0: must be null or a whole number at least 1 or 'all'",
          {"rollouts": 1}),
@@ -365,3 +365,12 @@ def test_rescored_rollouts_have_no_correction_of_the_prompt_that_they_were_sampl
     assert "algorithm.rollout_correction.rollout_is: method guide trains hinted rollouts on another prompt" in text
     start("++hpt.method=guide", *asks, "algorithm.rollout_correction.rollout_is=null")
     start("++hpt.method=pope", *asks)
+
+
+def test_what_reaches_no_token_of_a_prefix_or_no_question_of_a_buffer_is_refused():
+    weights = "hpt.demo.token_weights has no effect: method uft has its demonstrations elsewhere (place: prefix)"
+    assert weights in refused("++hpt.method=uft", "++hpt.demo.token_weights=w")
+    start("++hpt.method=relift", "++hpt.demo.token_weights=w")
+    off = "hpt.gate.off is set, but method 'relift' has no term off-policy; drop it"
+    assert off in refused("++hpt.method=relift", "++hpt.gate.off=0.5")
+    start("++hpt.method=relift", "++hpt.gate.off=null")

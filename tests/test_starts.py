@@ -290,7 +290,7 @@ def saying(node: dict) -> list[str]:
 
 
 SHARE = (
-    "a number or a schedule {start, end, steps, shape, warmup} or a uniform {low, high} or a chunks {chunks, p} or a "
+    "a number or a schedule {start, end, steps, shape, warmup} or a uniform {low, high} or a chunks {chunks, p} or an "
     "adapted {tokens, every} or a list"
 )
 BETWEEN = "must be a number or a schedule {start, end, steps, shape, warmup}, at least 0 and at most 1"

@@ -291,7 +291,9 @@ def find_method(settings: Settings) -> tuple[Method | None, list[str]]:
         if method is None:
             problems.append(f"hpt.method={settings.method!r} is unknown; one of {', '.join(METHODS)}")
     if method is not None and any(gate.off is not None for gate in gates(settings).values()):
-        if method.when == "gate":
+        if method.when == "gate" and method.place == "buffer":
+            problems.append(f"hpt.gate.off is set, but method {method.name!r} has no term off-policy; drop it")
+        elif method.when == "gate":
             method = dataclasses.replace(method, off_zone=method.term("R") or OFF_ZONE)
         else:
             problems.append(f"hpt.gate.off is set, but method {method.name!r} has no gate (when={method.when!r})")

@@ -200,7 +200,8 @@ def describe(schema: dict, among: bool = False) -> str:
         text = repr(schema["const"])
     elif "properties" in schema:
         keys = ", ".join(schema["properties"])
-        text = f"a {schema['title'].lower()} {{{keys}}}" if among else f"a mapping with keys {keys}"
+        name = schema["title"].lower()
+        text = f"{'an' if name[0] in 'aeio' else 'a'} {name} {{{keys}}}" if among else f"a mapping with keys {keys}"
     else:
         text = WORDS.get(schema.get("type"), "any value")
     bounds = " and ".join(f"{word} {schema[bound]:g}" for bound, word in BOUNDS.items() if bound in schema)

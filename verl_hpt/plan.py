@@ -357,6 +357,7 @@ _NO_DEMO = {
     "rl": "the question trains on its rollouts",
     "own": "the question trains on its own correct rollout",
     "collect": "it waits in the buffer",
+    "keep": "the question trains on its rollouts, and its first correct one waits in the buffer",
 }
 
 

@@ -46,6 +46,17 @@ def banner(run: Run, verl: str, fused: bool) -> str:
         lines.append(
             f"  note: fused kernels take one temperature a batch, so demonstrations are scored at T = {temperature}"
         )
+    mode = run.verl_config.trainer.v1.trainer_mode
+    corrected = (algorithm.get("rollout_correction") or {}).get("rollout_is")
+    if mode != "sync" and run.method.rollouts is not None and not corrected:
+        lines.append(
+            f"  note: trainer_mode={mode} trains on rollouts of older weights; algorithm.rollout_correction.rollout_is="
+            "token (with calculate_log_probs) weighs them, demonstrations have the weight 1"
+        )
+    if mode != "sync" and run.settings.history.early_gate is not None:
+        lines.append(
+            f"  note: the early gate decides as a question is drawn; in trainer_mode={mode} its history is steps old"
+        )
     if run.settings.rollouts.truncated != "keep":
         lines.append(f"  rollouts cut at the length limit: {run.settings.rollouts.truncated}")
     if run.method.place == "group" and run.settings.demo.reward is None:

@@ -259,6 +259,8 @@ def _placed(config, settings: Settings, method: Method) -> Iterator[str]:
          "shortest"),
         (elsewhere and demo.likelihood_of != "column",
          f"hpt.demo.likelihood_of={demo.likelihood_of} takes a pass in the update, and {in_its_place}; use a column"),
+        (place in STARTS and demo.token_weights is not None,
+         f"hpt.demo.token_weights has no effect: {in_its_place}, and its tokens have no weights of their own; drop it"),
         (elsewhere and demo.per_question > 1,
          f"hpt.demo.per_question={demo.per_question}: {in_its_place}, one a question; set it to 1"),
     )  # fmt: skip
