@@ -127,6 +127,28 @@ def sent(rows=ROWS, method=METHOD, fields=FIELDS, dp_size=1, **settings):
     return loss.item(), gradients, {name: metric.aggregate() for name, metric in metrics.items()}
 
 
+def tally(sums, kind, value, gradient, new):
+    """What every token adds, under its author's kind."""
+    sums[f"loss_{kind}"] += value
+    sums[f"strength_{kind}"] += abs(gradient)
+    sums["strength_all"] += abs(gradient)
+    sums[f"tokens_{kind}"] += 1
+    sums[f"nll_{kind}"] -= new
+
+
+def tally_rl(sums, kind, stopped, log_ratio):
+    """What a token of the RL sum adds beside."""
+    sums[f"clipped_{kind}"] += stopped
+    sums[f"rl_tokens_{kind}"] += 1
+    sums[f"approx_kl_{kind}"] += log_ratio
+
+
+def tally_taught(sums, p, coefficient):
+    """What a token that a demonstration teaches adds beside."""
+    sums[f"demo_p_{bin_of(p, PROBABILITIES)}"] += 1
+    sums[f"demo_w_{bin_of(abs(coefficient), WEIGHTS)}"] += 1
+
+
 def by_hand(rows=ROWS, token_weights=False, is_weights=True, entropy_coeff=0.0, kl_coef=0.0):
     """The same, from the formulas. -> loss, gradients, Counter by name, and which clips fired how often"""
     c, sums, fired = CONSTANTS, Counter(), Counter()
@@ -154,22 +176,15 @@ def by_hand(rows=ROWS, token_weights=False, is_weights=True, entropy_coeff=0.0, 
             gradient[t] = -(w_rl * rl + w_demo * s)
             value = -(w_rl * rl_value + w_demo * s * new)
             loss += value
-            sums[f"loss_{kind}"] += value
-            sums[f"strength_{kind}"] += abs(gradient[t])
-            sums["strength_all"] += abs(gradient[t])
-            sums[f"tokens_{kind}"] += 1
-            sums[f"nll_{kind}"] -= new
+            tally(sums, kind, value, gradient[t], new)
             if row.w_rl:
-                sums[f"clipped_{kind}"] += clipped
-                sums[f"rl_tokens_{kind}"] += 1
-                sums[f"approx_kl_{kind}"] += old - new
+                tally_rl(sums, kind, clipped, old - new)
                 fired.update({(kind, "up"): up, (kind, "down"): down, (kind, "dual"): dual})
             if row.kind == DEMO and row.w_demo:
                 sums["clipped_demos"] += stopped
                 fired[kind, "stopped"] += stopped
             if row.kind == DEMO and (row.w_rl or row.w_demo):
-                sums[f"demo_p_{bin_of(p, PROBABILITIES)}"] += 1
-                sums[f"demo_w_{bin_of(abs(s if row.w_demo else rl), WEIGHTS)}"] += 1
+                tally_taught(sums, p, s if row.w_demo else rl)
             if entropy_coeff:
                 sums["entropy_bonus"] += row.w_entropy * row.entropy[t]
                 of_entropy[t] = -entropy_coeff * row.w_entropy

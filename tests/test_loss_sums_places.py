@@ -7,7 +7,7 @@ import random
 from collections import Counter
 
 import pytest
-from test_loss_sums import CONSTANTS, FIELDS, NAN, PROBABILITIES, WEIGHTS, Row, bin_of, sent
+from test_loss_sums import CONSTANTS, FIELDS, NAN, PROBABILITIES, Row, bin_of, sent, tally, tally_rl, tally_taught
 
 from verl_hpt import parts
 from verl_hpt.estimator import Estimator, Method, Term
@@ -101,23 +101,16 @@ def by_hand(rows, method, is_weights=True, entropy_coeff=0.0, kl_coef=0.0):
             gradient[t] = -(w_rl * rl + w_demo * s)
             value = -(w_rl * rl_value + w_demo * s * new)
             loss += value
-            sums[f"loss_{kind}"] += value
-            sums[f"strength_{kind}"] += abs(gradient[t])
-            sums["strength_all"] += abs(gradient[t])
-            sums[f"tokens_{kind}"] += 1
-            sums[f"nll_{kind}"] -= new
+            tally(sums, kind, value, gradient[t], new)
             if row.w_rl:
-                sums[f"clipped_{kind}"] += stopped
-                sums[f"rl_tokens_{kind}"] += 1
-                sums[f"approx_kl_{kind}"] += old - new
+                tally_rl(sums, kind, stopped, old - new)
                 fired.update({(kind, "up"): up, (kind, "down"): down, (kind, "dual"): dual})
                 fired[kind, "certain"] += given and t not in learns
             if given and row.w_demo:
                 sums["clipped_demos"] += has_s and left
                 fired["stopped"] += left
             if given and (row.w_rl or row.w_demo):
-                sums[f"demo_p_{bin_of(p, PROBABILITIES)}"] += 1
-                sums[f"demo_w_{bin_of(abs(s if row.w_demo else rl), WEIGHTS)}"] += 1
+                tally_taught(sums, p, s if row.w_demo else rl)
             if entropy_coeff and not given:
                 sums["entropy_bonus"] += row.w_entropy * row.entropy[t]
                 of_entropy[t] = -entropy_coeff * row.w_entropy

@@ -218,8 +218,8 @@ def parted(block: Block) -> Block:
     )
     terms = RowTerms(**{field.name: part(getattr(block.terms, field.name)) for field in fields(RowTerms)})
     value = torch.where(is_prefix, block.prefix_value[at], (block.value - block.prefix_value)[at])
-    imitated = block.imitated[at] & (is_prefix | ~prefix.any(-1)[at])
-    return Block(tokens, terms, part(block.gradient), value, block.is_demo[at] | is_prefix, block.rl[at], imitated)
+    is_demo = block.is_demo[at] | is_prefix
+    return Block(tokens, terms, part(block.gradient), value, is_demo, block.rl[at], block.imitated[at])
 
 
 @lru_cache

@@ -200,7 +200,7 @@ def uncertain_clip(tokens: Tokens):
         return keep, bound
     dropped = (tokens.prefix.sum(-1, keepdim=True) * tokens.constants.prefix_dropped + 1e-6).floor()
     order = tokens.entropy.masked_fill(~tokens.prefix, float("inf")).argsort(dim=-1, stable=True)
-    certain = (order.argsort(dim=-1) < dropped) & tokens.prefix
+    certain = order.argsort(dim=-1) < dropped  # other tokens come last, and a token of the prefix is always left
     return keep.masked_fill(certain, 0.0), bound.masked_fill(certain, 0.0)
 
 
