@@ -114,7 +114,7 @@ def test_a_steered_weight_follows_the_entropy_of_the_steps_before(tmp_path):
 def test_a_streams_rows_are_dealt_over_the_optimizer_steps_each_with_its_own_normaliser(tmp_path):
     targets = ["a", "bb", "cccc"]
     trainer = streaming(tmp_path, targets, "++hpt.demo_coef=0.5", f"{ACTOR}.ppo_mini_batch_size=1", batch=3)
-    rollouts = Rollouts().add("a", [1, 0], answers=["x", "yy"]).add("b", [1, 0], answers=["xxx", "yy"])
+    rollouts = Rollouts().add("a", [1, 0], answers=["x", "yy"]).add("b", [1, 0], answers=["zzz", "yy"])
     meta, ranks, metrics = step(trainer, rollouts.batch())
     rows, size = updated(ranks), trainer.plans[0].plan.rows_per_step
     assert metrics["hpt/optimizer_steps"] == 2 and len(rows) == 2 * size and meta.extra_info["mini_batch_size"] == size
